@@ -1,4 +1,4 @@
-"""Shared fixtures: SAEBench's reference data (fixtures/saebench/README.md) and a browser."""
+"""Shared fixtures: the reference data of SAEBench (fixtures/saebench/README.md) and a browser."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SINK = 652  # the token " value"
 
 
 class Reference:
-    """SAEBench's inputs and results. Each file is read once."""
+    """Inputs and results of SAEBench. Each file is read only once."""
 
     def __init__(self) -> None:
         self._read: dict[Path, Any] = {}
@@ -35,7 +35,7 @@ class Reference:
         return self._read[file]
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """The arrays of a metric, or of `problem/contexts`. Do not modify them."""
+        """The arrays of the metric `name`, or of a file such as `problem/contexts`. Do not modify them."""
         file = FOLDER / (f"{name}.safetensors" if "/" in name else f"{name}/arrays.safetensors")
         if file not in self._read:
             self._read[file] = load_file(file)

@@ -1,4 +1,4 @@
-"""`sae compare --against`: what is said of each difference, and where it is seen."""
+"""`sae compare --against`: the verdict on each difference, and where it is shown."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def test_a_line_by_hand(tmp_path):
     found = compare_against(compare_runs([*seeds_of(tmp_path, "topk", BASE), *other]), "topk")
     heads, (l0, kl) = found.table()
     assert heads[:4] == ["system", "number", "difference", "95 % interval"]
-    assert l0 == ["relu", "L0", "+0.0", "", "3 seeds", "", "", ""]  # a setting, not a result: it is not tested
+    assert l0 == ["relu", "L0", "+0.0", "", "3 seeds", "", "", ""]  # L0 is a setting, so it is not tested
     p = 2 * (1 - 3.4641016 / math.sqrt(2 + 12)) / 2
     assert kl[:5] == ["relu", "KL score ↑", "+0.0200", "-0.0048 to +0.0448", "3 seeds"]
     assert kl[5:] == [f"{p:.4f}".removeprefix("0"), "0.0326", "not distinguishable"]
@@ -210,7 +210,7 @@ def test_without_a_slope_l0_matters_from_ten_percent_on(tmp_path):
 
 
 def test_a_slope_over_l0_comes_from_within_recipes(tmp_path):
-    """The KL score of topk rises by 0.1 with each doubling of L0; relu is 0.3 below at every L0."""
+    """The KL score of topk rises by 0.1 with each doubling of L0; relu is 0.3 below topk at its L0 of 16."""
     runs = [make_run(tmp_path, k=k, l0=float(k), kl=0.5 + 0.1 * math.log2(k / 16)) for k in (16, 32, 64)]
     runs += [make_run(tmp_path, "relu", l0=16.0, kl=0.2), make_run(tmp_path, "gated", l0=33.0, kl=0.8)]
     found = compare_against(compare_runs(runs), "topk k=32")
@@ -291,7 +291,7 @@ def test_the_words_are_the_same_on_the_terminal_in_html_csv_and_json(tmp_path):
     assert from_csv == {name: "" if value is None else str(value) for name, value in from_json.items()}
     assert (from_json["verdict"], from_json["number"]) == (verdict, "core.model_behavior_preservation.kl_div_score")
     assert from_json["smallest_detectable"] == pytest.approx(detectable_difference(0.01 / math.sqrt(300), 3), rel=1e-3)
-    assert len(json.loads(outs[2].read_text())) == 6  # of the runs, as without --against
+    assert len(json.loads(outs[2].read_text())) == 6  # one record per run, as without --against
     refused = CliRunner().invoke(app, ["compare", *map(str, runs), "--margin", "kl_div_score=0.05"])
     assert refused.exit_code == 2 and "--against" in refused.output
 

@@ -1,4 +1,4 @@
-"""The five answers that a report begins with, from files: what they say, and what they ask for."""
+"""The five answers at the top of a report: their verdicts, numbers and suggested commands."""
 
 import math
 
@@ -160,7 +160,7 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.45, 0.6, conditions_of(run))
     make_reference(home, "frozen-encoder-32", 32.0, 0.72, 0.2, conditions_of(run))
     make_reference(home, "soft-frozen-decoder-32", 32.0, 0.99, 0.99, {**conditions_of(run), "d_sae": 4})
-    near = find_neighbours(read_run(run))  # a control of other conditions is not of this run
+    near = find_neighbours(read_run(run))  # controls trained under other conditions do not belong to this run
     assert [one.name for one in near.references] == ["frozen-decoder-32", "frozen-encoder-32"]
     answer = answers_of(run)[CONTROL]
     assert (answer.verdict, answer.is_good) == ("yes", True)
@@ -179,7 +179,7 @@ def test_a_control_trained_as_a_run_beside_it_counts_by_the_run_of_the_same_seed
         make_run(runs / f"frozen-{seed}", 32.0, 0.3 + 0.2 * seed, 0.2 + 0.2 * seed, variant="frozen-decoder", seed=seed)
     make_run(runs / "longer", 32.0, 0.99, 0.99, variant="frozen-encoder", seed=1, steps=99)
     make_run(runs / "otherwise", 32.0, 0.99, 0.99, variant="frozen-encoder", seed=1, contexts=5)
-    near = find_neighbours(read_run(run))  # trained as long, and measured alike
+    near = find_neighbours(read_run(run))  # only controls of the same length and settings
     assert [one.name for one in near.controls] == ["frozen-1"] and near.others == [] == near.references
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "yes" and answer.numbers[0].startswith("compared with frozen-1: EV 0.8000, +0.4000")
@@ -254,7 +254,7 @@ def test_a_run_is_seen_beside_the_spread_of_its_other_seeds(runs, kl, verdict, i
     answer = answers_of(run)[SEED]
     assert (answer.verdict, answer.is_good) == (verdict, is_good)
     low, high = prediction_interval(others)
-    assert {line.system for line in report_of(run).lines} == {"longer"}  # on the frontier: no single seed is tested
+    assert {line.system for line in report_of(run).lines} == {"longer"}  # from the frontier; no single seed is tested
     assert answer.numbers[1] == (
         f"KL score {kl:.4f}, 3 other seeds 0.9000 ± 0.0100 (sd); another seed is expected at {low:.4f} to {high:.4f}"
     )
@@ -314,7 +314,7 @@ def test_stability_stands_beside_chance(runs):
         write_stability(run, null_high=high)
         answer = answers_of(run)[STABLE]
         assert (answer.verdict, answer.is_good) == ("42% of latents recur; decoder PW-MCC not above chance", False)
-    write_stability(run, activation_pw_mcc=0.05)  # below the mean of chance, which has no interval here
+    write_stability(run, activation_pw_mcc=0.05)  # below the mean of chance; there is no interval here
     assert answers_of(run)[STABLE].verdict == "42% of latents recur; activation PW-MCC not above chance"
     write_stability(run, others=1)
     assert answers_of(run)[STABLE].numbers[0] == "in the other seed"
@@ -352,7 +352,7 @@ def test_on_the_frontier_no_other_run_is_better_with_no_more_latents(runs, l0, k
 )
 def test_what_is_said_of_the_best_other_run(runs, kl, ev, by_document, verdict, is_good):
     run, other = make_run(runs / "one"), make_run(runs / "other", 30.0, kl, ev, by_document, variant="relu")
-    if ev == 0.8001:  # where documents differ more than the two runs
+    if ev == 0.8001:  # here documents differ more than the two runs
         record = RESULT_RECORD.read(other / "evaluations" / "core.json")
         values = [ev + (-1) ** n / 10 for n in range(DOCUMENTS)]
         record["eval_result_unstructured"]["extra"]["values"]["fve"] = values
@@ -380,7 +380,7 @@ def test_published_saes_stand_beside_a_run_of_their_model(runs):
 
 
 def test_all_comparisons_of_a_report_are_corrected_together(runs, home):
-    """A p-value of one comparison alone is m times smaller than as one of m."""
+    """Corrected for m comparisons, a p-value is up to m times as large as for one comparison."""
     run = make_run(runs / "one")
     make_reference(home, "pca-32", 32.0, 0.8995, 0.5)
     alone = next(line for line in report_of(run).lines if line.column.name == "kl_div_score")

@@ -1,4 +1,4 @@
-"""Runs side by side, from their files."""
+"""Comparing runs from their files."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def make_run(
     home, variant="topk", seed=0, layer=12, l0=32.0, kl=0.9, model=MODEL, contexts=100, evaluated=True, documents=None,
     **options,
 ):  # fmt: skip
-    """A run with results of core; `documents` are the values of the KL score by document, whose mean is then `kl`."""
+    """A run with a core result. `documents` are the KL scores of its documents, of which `kl` should be the mean."""
     name = f"{variant}-L{layer}-{len(list(home.glob('*')))}"
     folder = home / name
     (folder / "evaluations").mkdir(parents=True)
@@ -83,12 +83,12 @@ def test_systems_are_told_apart_by_what_differs(tmp_path):
 
 
 def test_a_seed_trained_twice_is_one_draw(tmp_path):
-    """Else a system would have a spread of 0 over two seeds, and paired differences more degrees of freedom."""
+    """Otherwise its spread over two seeds would be 0, and paired tests would have too many degrees of freedom."""
     base = [make_run(tmp_path, seed=seed, kl=kl) for seed, kl in enumerate([0.90, 0.80])]
     again = [make_run(tmp_path, "relu", seed=0, kl=0.93) for _ in range(2)]
     found = compare_runs([*base, *again])
     assert [line[0] for line in comparison_table(found)[1]] == ["topk (2 seeds)", "relu"]
-    assert comparison_table(found)[1][1][2] == "0.9300 ±.0100"  # over the text, as of one run
+    assert comparison_table(found)[1][1][2] == "0.9300 ±.0100"  # the interval is over the text, as for one run
     (line,) = (line for line in compare_against(found, "topk").lines if line.column.name == "kl_div_score")
     assert line.pairing == Pairing(
         None, "one seed, and a result without values by document: measure it again with --force"
@@ -211,7 +211,7 @@ def test_a_line_goes_through_the_systems_of_a_recipe_in_the_order_of_l0(tmp_path
 
 
 def references(*points):
-    """References of one run each, as (name, L0, KL score)."""
+    """Reference systems of one run each, from tuples (name, L0, KL score)."""
     column = next(one for one in METRICS["core"].columns if one.name == "l0")
     score = next(one for one in METRICS["core"].columns if one.name == "kl_div_score")
     systems = []
@@ -258,7 +258,7 @@ def test_published_points_stand_beside_their_own_model_and_layer_only(tmp_path):
 
 
 def test_published_points_stand_beside_saebench_s_numbers_and_the_note_says_so(tmp_path):
-    """Over all rows; the table and the other charts have the numbers without outlier rows."""
+    """Their chart includes outlier rows; the table and the other charts leave them out."""
     run = make_run(tmp_path, model={"name": "google/gemma-2-2b", "revision": "1"}, l0=60.0, kl=0.5)
     core = RESULT_RECORD.read(run / "evaluations" / "core.json")
     core["eval_result_metrics"] |= {

@@ -1,4 +1,4 @@
-"""How much of a number a control has, by hand; where that is not said; and what a note says of runs and controls."""
+"""The share of a run's number that its control reaches, worked by hand, and the notes on runs and their controls."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_there_is_no_share_of_what_is_not_above_a_floor() -> None:
 
 
 def test_a_share_has_the_interval_over_what_is_paired() -> None:
-    """By document, by seed, and of each seed beside a reference, which is one fixed SAE."""
+    """Pairs are documents or seeds; a reference is one fixed SAE, which is paired with every seed."""
     ours, theirs = [0.8, 0.6, 0.9, 0.7], [0.5, 0.4, 0.6, 0.45]
     found = find_share({0: row("r", ev=ours)}, {0: row("c", ev=theirs)}, "core", EV)
     assert found.part == pytest.approx(sum(theirs) / sum(ours)) and found.interval == fieller_interval(theirs, ours)
@@ -84,9 +84,9 @@ def row(
     name: str, conditions: str = "x", *, reference: bool = False, control: bool = False, base: str = "batchtopk",
     **numbers: float | list[float],
 ) -> EvalRow:  # fmt: skip
-    """A row with L0, EV, KL, alive, and the accuracy of one latent; `_half` is half an interval.
+    """A row with L0, EV, KL, alive and the accuracy of one latent; `<name>_half` is half the width of its interval.
 
-    A number of core can be given as its values by document.
+    A number of core can be a list of its values by document.
     """
     places = {
         "l0": ("core", "sparsity", "l0"),
@@ -144,7 +144,7 @@ def test_a_line_for_each_system_and_each_of_its_controls() -> None:
     lines = share_lines(systems, COLUMNS)
     assert [line[0] for line in lines] == ["share of topk that frozen has", "share of topk that soft has"]
     assert {head: cell.split()[0] for head, cell in shares_of(lines[0]).items()} == {"EV": "40%", "SAE k=1": "95%"}
-    assert shares_of(lines[1])["EV"].startswith("90% (")  # of the seeds that both have
+    assert shares_of(lines[1])["EV"].startswith("90% (")  # over the seeds that exist for both
     assert share_lines(alone(row("imported", "", ev=0.9), control("odd", "", ev=0.1)), COLUMNS) == []
 
 
@@ -185,7 +185,7 @@ def test_flags_that_differ_in_the_letters_they_list_are_one_note() -> None:
     assert notes(rows) == ["core, a and 1 more: 2 fail (below 0.5: a, b)", "core, c: 3 fail (below 0.5: words)"]
 
 
-WAVE = [0.01, -0.02, 0.015, -0.005]  # of a number over four documents
+WAVE = [0.01, -0.02, 0.015, -0.005]  # deviations of a number in four documents
 
 
 def values(mean: float, spread: float = 0.0) -> list[float]:
@@ -197,7 +197,7 @@ def note_of(run: EvalRow, *controls: EvalRow, known: KnownVerdicts = {}) -> list
 
 
 def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
-    """The intervals of both are wide, but each document says the same: paired, a difference of 0.01 is found."""
+    """Both intervals are wide, but the paired test finds a difference of 0.01, which is similar in every document."""
     run = row("topk", l0=32, ev=values(0.80), ev_half=0.1, kl=values(0.7), k1=0.70, alive=0.9, llm=0.8)
     below = control("frozen", l0=32, ev=values(0.79, 1e-4), ev_half=0.1, kl=values(0.6, 1e-4), alive=1.0, llm=0.8)
     assert note_of(run, below) == []
@@ -242,7 +242,7 @@ def test_a_system_is_set_against_the_best_of_its_controls_in_each_number() -> No
 
 
 def test_the_level_is_shared_by_all_numbers_of_a_note() -> None:
-    """A difference that is found by itself (p = 0.01) is not told beside one that is not there."""
+    """A difference with p = 0.01 is significant alone but not among many comparisons."""
     ours, theirs = [0.80, 0.81, 0.79, 0.80], [0.79, 0.79, 0.78, 0.787]
     run, weak = row("topk", ev=ours), control("c", ev=theirs)
     assert 0.005 < ttest_rel(ours, theirs).pvalue < 0.05
@@ -297,7 +297,7 @@ def test_a_control_of_another_l0_on_the_text_is_named() -> None:
 
 
 def test_a_control_that_trained_to_the_same_sae_is_named() -> None:
-    """A few steps turn no decoder row far enough for the limit of the soft-frozen decoder to act."""
+    """In a short run, no decoder row turns far enough for the limit of the soft-frozen decoder to act."""
     run = row("topk", l0=32, ev=values(0.8), k1=0.7, alive=0.9, llm=0.9)
     same, other = (
         control("soft", l0=32, ev=values(0.8), k1=0.7, alive=1.0, llm=0.9),
@@ -375,7 +375,7 @@ def write_run(folder: Path, log: list[float] | None = None, **changes: object) -
     ],
 )
 def test_the_l0_of_a_run_is_what_it_was_asked_for_or_ended_at(tmp_path, changes, log, l0) -> None:
-    """The width is 512. Without an L0, after --stream and after an import there are no controls."""
+    """The width is 512. Runs without an L0, with --stream or from an import have no controls."""
     found = conditions_of(write_run(tmp_path / "run", log, **changes))
     assert found is None if l0 is None else found is not None and found["l0"] == l0
 

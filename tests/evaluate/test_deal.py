@@ -1,4 +1,4 @@
-"""How SAEs are dealt to ranks: all of them once, systems whole, the longest share as short as can be."""
+"""Dealing SAEs to ranks: each SAE once, systems kept together, and the longest share as short as possible."""
 
 import itertools
 from dataclasses import replace
@@ -89,10 +89,10 @@ def test_a_wider_sae_and_an_earlier_layer_take_longer(config) -> None:
 
     core, absorption = seconds("core"), seconds("absorption")
     assert 0 < absorption["a-0"] < absorption["b-0"] and absorption["a-0"] == absorption["a-2"]
-    assert core["a-0"] > core["b-0"]  # narrower, but a block of the model runs after it
+    assert core["a-0"] > core["b-0"]  # a-0 is narrower, but a block of the model runs after its layer
     assert seconds("core,absorption") == {run: core[run] + absorption[run] for run in core}
     tokens = int(plan_evaluation(replace(config, suite="core", options=())).groups[0].ctx.contexts.length.sum())
-    after_the_last_layer = 8192 * 32 + 2 * 32 * 64  # the unembedding and the SAE: no block runs again
+    after_the_last_layer = 8192 * 32 + 2 * 32 * 64  # the unembedding and the SAE, no further blocks
     assert core["b-0"] == pytest.approx(2 * tokens * after_the_last_layer / RATE["cpu"])
 
 
@@ -125,7 +125,7 @@ def test_what_a_rank_has_measured_does_not_stay_in_memory(config, monkeypatch) -
     measured = measure_share(plan, deal_work(plan, 1)[0], no_progress_bar)
     assert all(row.target.sae.W_enc.is_meta for row in plan.rows)
     assert [list(row.results) for row in plan.rows] == [["core"], ["core"], []]
-    assert list(measured.errors) == [(config.runs[2], "core")]  # which the other ranks are told
+    assert list(measured.errors) == [(config.runs[2], "core")]  # sent to the other ranks
 
 
 def test_that_nothing_was_measured_is_said_by_who_has_all_rows(config, monkeypatch) -> None:

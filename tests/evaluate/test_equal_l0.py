@@ -1,4 +1,4 @@
-"""benchmarks/equal_l0.py: systems at equal L0, paired by seed."""
+"""benchmarks/equal_l0.py compares systems at equal L0, paired by seed."""
 
 import runpy
 from pathlib import Path

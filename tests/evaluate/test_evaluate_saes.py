@@ -16,7 +16,7 @@ ASKED = {"suite": "core", "tokens": 60, "device": "cpu"}
 
 
 class Half:
-    """Anything with encode and decode will do."""
+    """Any object with encode and decode can be evaluated."""
 
     def encode(self, x):
         return x / 2
@@ -59,7 +59,7 @@ def test_run_folders_are_evaluated_as_by_the_command(tiny_cache, home):
     assert rows[0].results == evaluate(EvaluateConfig(runs=folders[:1], references=False, **ASKED))[0].results
     broken = home / "broken"
     broken.mkdir()
-    with pytest.raises(UsageError, match="broken"):  # the others are not measured without it
+    with pytest.raises(UsageError, match="broken"):  # then none is measured
         sae.evaluate_saes([*folders, broken], references=False, force=True, **ASKED)
     (broken / "run.json").write_text("{}")
     with pytest.raises(UsageError, match="broken has not finished training"):

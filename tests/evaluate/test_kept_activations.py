@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def config(tiny_cache, home) -> EvaluateConfig:
-    """core and stability of two seeds, with losses in the first batch alone."""
+    """Evaluate core and stability for two seeds; core computes the losses in the first batch only."""
     for seed in range(2):
         origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
         save_sae(make_sae(seed), home / f"run{seed}", {**origin, "fingerprint": tiny_cache.fingerprint})
@@ -99,7 +99,7 @@ def test_every_kind_of_activations_is_one_that_can_be_removed():
 
 
 def kept(cache: ArtifactCache, number: int, seconds: float | None = None) -> Path:
-    """An artifact of 400 bytes or more, last read so many seconds ago."""
+    """Store an artifact of at least 400 bytes that was last read `seconds` ago."""
     cache.get_or_compute("rows", {"number": number}, lambda: {"x": torch.zeros(100)})
     record = cache.path("rows", {"number": number}).with_suffix(".json")
     if seconds is not None:
@@ -155,7 +155,7 @@ def test_nothing_is_removed_that_another_evaluation_may_read(artifacts):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nothing_is_removed_from_the_first_pass_to_the_last(artifacts, monkeypatch, ranks):
-    """Every process of a launcher keeps what it reads, from before it measures."""
+    """Every process of a launcher protects what it reads from removal, starting before it measures."""
     running = ArtifactCache(artifacts.folder)
     running.limit = math.inf
     measured = []

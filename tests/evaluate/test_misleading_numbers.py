@@ -1,4 +1,4 @@
-"""Bad SAEs that are best by some number: what is sound about them, and where the note is seen."""
+"""Bad SAEs that are the best by some number: the number to use instead, and where the note on it is shown."""
 
 import json
 import re
@@ -39,10 +39,10 @@ class Decoded:
 
 
 def counted_rows(cache: Cache) -> Tensor:
-    """The activations that core counts, in float64 (T, D)."""
+    """The activations (T, D) at the tokens that core counts, in float64."""
     recorder = Decoded(lambda f: f)
     sae.evaluate_saes({"recorder": recorder}, cache=cache, layer=1, references=False, **ASKED)
-    return torch.cat(recorder.seen[2:]).double()  # before them a check, and one row that tells the number of latents
+    return torch.cat(recorder.seen[2:]).double()  # the first two calls check the SAE and count its latents
 
 
 def linear(kind: str, x_TD: Tensor) -> SAE:
@@ -147,7 +147,7 @@ def test_a_bad_sae_has_a_flag_that_says_what_its_numbers_hide(tiny_cache):
         assert found[name].metrics["reconstruction_quality"]["cossim"] == pytest.approx(1)
         assert said(name, f"Reconstructions are {scale} times as long as would fit best")
     assert not said("input", "times as long")
-    assert found["dense"].metrics["reconstruction_quality"]["fve"] > 0.1  # it is a PCA of rank 4
+    assert found["dense"].metrics["reconstruction_quality"]["fve"] > 0.1  # "dense" is a PCA of rank 4
     assert said("dense", "Most of the L0 of 4.0 comes from 4 latents that fire at over 99% of the tokens")
     assert said("once infinite", "NaN or infinite at")
     assert found["once infinite"].metrics["reconstruction_quality"]["fve"] is None
@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_cache):
 
 
 class RarelyInfinite(SAE):
-    """A latent overflows on some tokens only."""
+    """An SAE with a latent that overflows on some tokens."""
 
     def encode(self, x_BD: Tensor) -> Tensor:
         f_BF = super().encode(x_BD)

@@ -107,7 +107,7 @@ def test_more_seeds_of_a_run_of_an_earlier_version_compare_its_pairs(runs):
      ({"device": "cuda", "asked": {"precision": "float32"}}, "float32"), ({"device": "cuda:1"}, "bfloat16")],
 )  # fmt: skip
 def test_more_seeds_have_the_precision_of_the_run_whatever_the_default(runs, changes, expected):
-    """On a GPU that is bfloat16, also of earlier versions; run.json has no entry for float32."""
+    """The default on a GPU is bfloat16, also in earlier versions. For float32, run.json records no `precision`."""
     run = make_run(runs / "one", variant="topk", seed=0, options={"k": 7}, **changes)
     assert f" --precision {expected} --cache" in more_seeds_command(read_run(run))
 
@@ -118,5 +118,5 @@ def test_answers_are_the_same_from_any_folder(runs, monkeypatch):
     whole = answers_of(run)[FRONTIER].verdict
     monkeypatch.chdir(run)
     assert answers_of(Path("."))[FRONTIER].verdict == whole
-    (run / "run.json").unlink()  # an imported SAE is not beside itself either
+    (run / "run.json").unlink()  # an imported SAE is not its own neighbour either
     assert [one.name for one in find_neighbours(read_run(Path("."))).others] == ["other"]

@@ -1,4 +1,4 @@
-"""Outlier rows from harvest to page, on a model with a planted attention sink: what a run and its files say."""
+"""Outlier rows from the harvest to the pages, on a model with a planted attention sink."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ from sae.harvest.run import run_harvest
 from sae.train.activation_functions import BatchTopK
 from sae.train.sae import SAE, load_sae, save_sae
 
-SINK = 652  # " value", whose norm is 40 times that of other tokens
+SINK = 652  # the token " value", whose activations have 40 times the norm of others
 
 
 def silent(done: int, total: int, note: str = "") -> None:
@@ -45,7 +45,7 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 @pytest.fixture(scope="module")
 def cache(sink_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """A cache of layer 0, in whose text one word in 80 is the sink."""
+    """A cache of layer 0; one word in 80 of its text is the sink."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("sink")
     words = "the quick brown fox jumps over a lazy dog while seven zebras read their yellow books in june".split()
     lines = []
@@ -158,7 +158,7 @@ def test_the_file_the_row_and_the_plan_say_what_was_left_out(cache: Cache, home:
         ({}, None, "own"),
         ({"norm_limit": 77.0}, None, 77.0),
         ({"norm_limit": None}, None, None),  # trained without a limit
-        ({"norm_limit": "absent"}, None, "own"),  # by an older version: that of the run's cache
+        ({"norm_limit": "absent"}, None, "own"),  # an older version: the limit of the cache applies
         ({"norm_limit": "absent", "cache": "absent", "fingerprint": "absent"}, None, None),  # imported
         ({}, math.inf, None),
         ({}, 5.0, "half"),
@@ -261,7 +261,7 @@ def test_inspect_says_which_tokens_are_outlier_rows(cache: Cache, home: Path) ->
 
 
 class Shrunk:
-    """x_hat = factor x, but 0 for rows with a norm over `most`."""
+    """An SAE with x_hat = factor * x, and x_hat = 0 for rows with a norm over `most`."""
 
     def __init__(self, factor: float, most: float = math.inf) -> None:
         self.factor, self.most = factor, most
@@ -315,7 +315,7 @@ def test_references_are_fitted_and_measured_without_outlier_rows(cache: Cache, h
     rows = evaluate(config)
     limits = [row.target.norm_limit for row in rows]
     own = cache.statistics("layer_00")["norm_limit"]
-    assert limits == [own, None, *[own] * 4, *[None] * 4]  # four references for each limit
+    assert limits == [own, None, *[own] * 4, *[None] * 4]  # each limit has four references
     pca = [row for row in rows if row.name.startswith("pca")]
     assert len({row.folder for row in pca}) == 2
     masked, plain = (row.results["core"].sound.metrics["reconstruction_quality"]["fve"] for row in pca)
@@ -330,7 +330,7 @@ def notes_of(rows: Sequence[EvalRow]) -> list[str]:
 
 
 def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None:
-    """The numbers of the note are those that the table shows: without outlier rows, and not SAEBench's EV."""
+    """The note uses the numbers of the table, which leave out outlier rows and do not use SAEBench's EV."""
 
     def core(l0: float, fve: float) -> MetricResult:
         return MetricResult({"sparsity": {"l0": l0}, "reconstruction_quality": {"fve": fve, "explained_variance": 0.9}})
@@ -343,13 +343,13 @@ def test_an_sae_is_compared_with_the_pca_by_the_ev_and_l0_of_the_table() -> None
 
     pca = row("pca-32", core(32, 0.1), core(32, 0.5), reference=True)
     worse, better = row("worse", core(900, 0.9), core(32, 0.4)), row("better", core(32, 0.0), core(32, 0.6))
-    elsewhere = row("on other rows", core(32, 0.1), core(32, 0.1), limit=7.0)  # no PCA was fitted to those
+    elsewhere = row("on other rows", core(32, 0.1), core(32, 0.1), limit=7.0)  # no PCA has this limit
     (sentence,) = notes_of([worse, better, elsewhere, pca])
     assert sentence.startswith("worse explains 0.400 of the variance, less than the PCA of equal L0 (pca-32: 0.500).")
 
 
 def test_an_sae_is_compared_with_the_pca_of_the_same_rows() -> None:
-    """Not by SAEBench's `explained_variance`, nor over rows that are left out, nor with a PCA of other rows."""
+    """Neither SAEBench's `explained_variance`, nor outlier rows, nor a PCA of other rows enter the comparison."""
 
     def row(name: str, explained: float, over_all_rows: float, limit: float = 9.0, l0: float = 6.0) -> EvalRow:
         def numbers(fve: float) -> MetricResult:

@@ -1,4 +1,4 @@
-"""Finished runs of a tiny model, paired by document: what core keeps, and what tables say of it."""
+"""Runs of a tiny model, paired by document: the values that core stores, and the tables made from them."""
 
 import json
 import math
@@ -26,7 +26,7 @@ BY_DOCUMENT = ("l0", "kl_div_score", "kl_div_with_sae", "ce_loss_score", "fve", 
 
 @pytest.fixture(scope="module")
 def rows(tiny_cache, tmp_path_factory):
-    """Two SAEs, evaluated on the same few documents."""
+    """Two SAEs evaluated on the same few documents."""
     folder = tmp_path_factory.mktemp("paired")
     runs = [make_run(folder / name, tiny_cache, 0, seed) for seed, name in enumerate(("one", "other"))]
     for run in runs:

@@ -1,4 +1,4 @@
-"""`sae evaluate --precision`, and numbers that come from logits of a model in bfloat16."""
+"""`sae evaluate --precision`, and numbers computed from the logits of a model in bfloat16."""
 
 import json
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_references_and_objects_compute_in_it_too(run: Path, tiny_cache: Cache) 
     asked = dict(cache=tiny_cache, layer=0, suite="core", tokens=60, device="cpu")
     mine = load_sae(run)
     plain, rounded = (evaluate_saes({"mine": mine}, precision=kind, **asked) for kind in ("float32", "bfloat16"))
-    assert mine.precision is None  # the object itself is as it was
+    assert mine.precision is None  # the object is not modified
 
     def mse(rows, name: str) -> float:
         (row,) = [row for row in rows if row.name.startswith(name)]

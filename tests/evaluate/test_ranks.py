@@ -1,4 +1,4 @@
-"""Evaluation over the ranks of a launcher gives the files and tables of one process, whatever their number."""
+"""Evaluation over any number of ranks of a launcher gives the same files and tables as one process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ WIDTHS = {"a-0": 48, "a-1": 48, "b-0": 64}  # two seeds of a system at layer 0, 
 
 @pytest.fixture
 def make_home(tiny_cache: Cache, tmp_path: Path):
-    """A function that makes a home with the same three runs in it: `(name) -> folder`."""
+    """A function that creates a home folder with the same three runs: `(name) -> folder`."""
 
     def make(name: str) -> Path:
         folder = tmp_path / name
@@ -82,7 +82,7 @@ def launch(launcher: WorkerProcess):
 
 @pytest.fixture
 def evaluate(launch):
-    """`sae evaluate` of some runs by so many forked ranks: `(home, ranks, *words) -> exit code, out, err`."""
+    """A function that runs `sae evaluate` in forked ranks: `(home, ranks, *words) -> exit code, out, err`."""
 
     def evaluate(home: Path, ranks: int, *words: str, runs: Sequence[str] = tuple(WIDTHS), **variables: str):
         return launch(home, ranks, command(words, runs), **variables)
@@ -92,7 +92,7 @@ def evaluate(launch):
 
 @pytest.fixture
 def evaluate_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """The same in this process, without ranks: `(home, *words)`."""
+    """A function that runs the same command in this process, without ranks: `(home, *words)`."""
 
     def evaluate(home: Path, *words: str, runs: Sequence[str] = tuple(WIDTHS)) -> tuple[int, str, str]:
         monkeypatch.setenv("SAE_HOME", str(home))
@@ -107,7 +107,7 @@ def evaluate_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
 
 
 def numbers(home: Path) -> dict[str, Any]:
-    """Every result file of the runs and of the reference rows, without what changes from time to time."""
+    """The result files of all runs and reference rows, without the fields that change with every evaluation."""
     found = {}
     for path in [*home.glob("runs/*/evaluations/**/*.json"), *home.glob("activations/evaluation/references/**/*.json")]:
         record = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def numbers(home: Path) -> dict[str, Any]:
 
 
 def without_times(err: str) -> list[str]:
-    """The lines that ranks have in common with one process."""
+    """The lines that ranks and a single process both print."""
     own = re.compile(r"(deal |rank \d|codes |writes|done|evaluate |\[|.*torch/)")
     return [line for line in err.splitlines() if not own.match(line)]
 
@@ -127,7 +127,7 @@ def without_times(err: str) -> list[str]:
 def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluate_here, evaluate) -> None:
     one, three = make_home("one"), make_home("three")
     alone, together = evaluate_here(one), evaluate(three, 3)
-    assert alone[0] == together[0] == 1  # stability lacks a second seed of b-0
+    assert alone[0] == together[0] == 1  # stability fails for b-0, which has no other seed
     assert len(numbers(one)) == 5 + 8 and numbers(three) == numbers(one)
     assert together[1] == alone[1] and "stability" in alone[1]
     assert without_times(together[2]) == without_times(alone[2])
@@ -146,7 +146,7 @@ def alone_with_more_metrics() -> dict[str, Any]:
 def test_any_number_of_ranks_gives_the_numbers_of_one_process_for_more_metrics(
     make_home, evaluate_here, launch, alone_with_more_metrics: dict[str, Any], count: int
 ) -> None:
-    """Two of them are started by torchrun."""
+    """With a count of two, torchrun starts the ranks."""
     words = [
         *QUICK, "--suite", "core,absorption,sparse_probing_stdlib,stability", "--set", "absorption.words=400",
         "--set", "absorption.min_GT_probe_f1=0", "--set", "sparse_probing_stdlib.train_set_size=40",
@@ -168,7 +168,7 @@ def test_any_number_of_ranks_gives_the_numbers_of_one_process_for_more_metrics(
     assert err.count("done     in ") == 1 and "rank 1:" not in err
 
 
-MOMENTS = [  # pattern, N, ranks before, ranks after: a rank dies just before its N-th rename to a matching path
+MOMENTS = [  # pattern, N, ranks before, ranks after: a rank dies just before the N-th rename to a matching path
     (r"/text_pass-\w+\.safetensors$", 1, 2, 3),
     (r"/text_pass-\w+\.safetensors$", 7, 3, 2),
     (r"/text_pass-\w+\.json$", 4, 3, 1),
@@ -192,7 +192,7 @@ def undisturbed() -> dict[str, Any]:
 def test_a_rank_that_dies_costs_its_own_saes_alone(
     make_home, evaluate_here, undisturbed, moment, tmp_path, evaluate
 ) -> None:
-    """The others end with their shares; the same command with another number of ranks measures the rest."""
+    """The other ranks finish their shares; running the command again with more or fewer ranks measures the rest."""
     pattern, number, before, after = moment
     if not undisturbed:
         evaluate_here(make_home("one"))
@@ -234,7 +234,7 @@ def test_a_rank_without_work_says_nothing(make_home, evaluate_here, evaluate) ->
     assert alone[:2] == together[:2] and alone[0] == 0
     assert re.findall(r"^rank (\d) +(.*)", together[2], re.M)[1] == ("1", "nothing")
     assert numbers(one) == numbers(two) and "codes 0 0" in together[2]
-    again = evaluate(two, 2, *words, runs=["a-0"])  # nothing is left to do
+    again = evaluate(two, 2, *words, runs=["a-0"])  # there is nothing left to measure
     assert again[:2] == alone[:2]
     forced = evaluate(two, 2, *words, "--force", runs=["a-0", "a-1"])
     assert forced[0] == 0 and len(numbers(two)) == 2
@@ -271,7 +271,7 @@ def test_evaluate_saes_returns_all_rows_in_each_process(make_home, evaluate_here
 
 @pytest.mark.slow
 def test_what_is_wrong_with_an_sae_is_said_by_the_first_process(make_home, evaluate_here, evaluate) -> None:
-    """A damaged run, whose weights one rank alone reads, costs its own numbers and those of its system."""
+    """Only one rank reads the damaged weights; the results of that run and of its system are missing, no others."""
     home, other = make_home("damaged"), make_home("other")
     weights = home / "runs" / "a-1" / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")

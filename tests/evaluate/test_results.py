@@ -1,4 +1,4 @@
-"""Results with other settings are set aside, and none is lost whoever replaces them at the same time."""
+"""Results with other settings are archived, and concurrent replacements lose none of them."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +65,7 @@ def test_two_ranks_that_bring_a_result_back_lose_none(
 def test_a_result_that_was_just_measured_is_not_replaced_by_one_that_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two commands one brings a result back while the other measures: they take turns."""
+    """One command restores an archived result while another writes a new one; the second waits for the first."""
     write(tmp_path, 1)
     write(tmp_path, 2)
     archive, measured = results.archive_other_settings, []

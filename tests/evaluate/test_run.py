@@ -1,4 +1,4 @@
-"""Which runs are measured, what is refused, and what the files hold."""
+"""`sae evaluate`: which runs are measured, which are refused, and what the result files contain."""
 
 import errno
 import json
@@ -54,7 +54,7 @@ ENVELOPE = {
 
 
 def make_run(folder: Path, cache: Cache, layer: int = 0, seed: int = 0, /, **changes) -> Path:
-    """A run folder with an untrained SAE in it."""
+    """A run folder with an untrained SAE."""
     torch.manual_seed(seed)
     origin = {
         "model": cache.identity["model"],
@@ -116,7 +116,7 @@ def test_what_was_measured_is_kept_until_something_changes(tiny_cache, home):
     make_run(run, tiny_cache, 0, 1)  # other weights in the same folder
     evaluate(ask(run))
     assert written_at(run) > before
-    for change in ({"layer": 1}, {"activation": [{"name": "topk", "k": 2}]}):  # the same weights, used otherwise
+    for change in ({"layer": 1}, {"activation": [{"name": "topk", "k": 2}]}):  # same weights, used differently
         spec, before = SAE_RECORD.read(run / "sae.json"), written_at(run)
         spec["origin"]["layer"] = change.get("layer", spec["origin"]["layer"])
         spec["activation"] = change.get("activation", spec["activation"])
@@ -274,7 +274,7 @@ def test_runs_that_cannot_be_evaluated_are_named_together_and_leave_the_others(t
     found = plan_evaluation(ask(empty, good, torn, far))
     assert [type(found.refused[folder]) for folder in (empty, torn, far)] == [UsageError, DamagedError, DamagedError]
     assert [row.name for row in run_evaluation(found)] == ["good"] and result_of(good)
-    for run in (empty, torn, far):  # each by itself with its own exit code
+    for run in (empty, torn, far):  # alone, each run fails with its own error
         with pytest.raises(type(found.refused[run])) as alone:
             plan_evaluation(ask(run))
         assert str(alone.value) == str(found.refused[run])
@@ -311,7 +311,7 @@ def test_runs_of_two_caches_are_each_measured_on_the_text_of_their_own(tiny_cach
 
 
 def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_model, sentences, home):
-    """As `sae import` leaves one."""
+    """`sae import` creates such runs."""
     run = make_run(home / "run", tiny_cache, cache=None, fingerprint=None)
     absent = make_run(home / "absent", tiny_cache)
     spec = SAE_RECORD.read(absent / "sae.json")
@@ -355,7 +355,7 @@ def test_an_sae_of_another_width_is_refused(tiny_cache, home):
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(tiny_cache, home, monkeypatch):
-    """A read-only or full disk; of what is kept, nothing has to be written."""
+    """The disk is read-only or full. A run whose results exist does not have to be written."""
     one, two = make_run(home / "one", tiny_cache), make_run(home / "two", tiny_cache, 0, 1)
     evaluate(ask(one))
     kept, real = (one / "evaluations" / "core.json").read_bytes(), Path.write_bytes
@@ -464,7 +464,7 @@ def test_a_file_that_is_json_and_no_result_is_named(tiny_cache, home, damage):
 
 
 def test_a_result_is_of_the_sae_json_that_it_was_measured_with(tiny_cache, home):
-    """The same weights with another activation or at another layer are another SAE."""
+    """The same weights with a different activation or layer are a different SAE."""
     run = make_run(home / "run", tiny_cache)
     (before,) = evaluate(ask(run))
     change_record(SAE_RECORD, run / "sae.json", {"activation": [{"name": "topk", "k": 1}]})
@@ -541,7 +541,7 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
 
 
 def test_the_next_command_measures_more_of_the_same_runs_in_the_same_way(home):
-    """The next suite, with every flag that decides what is measured and on what; the default ones are left out."""
+    """The command has the next suite and every flag that affects the results; flags with default values are left out."""
     runs = [home / "a run", home / "b"]
 
     def following(**changes) -> list[str]:
@@ -607,7 +607,7 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
 
 
 def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, monkeypatch):
-    """The other metric is measured as ever; the one that failed is measured when it is asked for again."""
+    """The other metric is measured as usual; the failed one is measured when it is requested again."""
     error, hungry = RuntimeError("DefaultCPUAllocator: can't allocate memory"), True
 
     @dataclass(frozen=True)
@@ -647,7 +647,7 @@ def test_a_cache_that_does_not_answer_is_named_with_what_to_do(monkeypatch: pyte
 
 
 def test_a_store_that_cannot_be_reached_is_tried_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each failure takes minutes. After another minute it is tried again; the stores of other caches are tried too."""
+    """A failure takes minutes. A store is tried again after another minute; other stores are not affected."""
     clock, tried = [0.0], []
 
     def unreachable(fingerprint: object, folder: str) -> None:

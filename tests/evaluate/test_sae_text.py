@@ -1,4 +1,4 @@
-"""An imported SAE is evaluated on contexts that begin, and are as long, as its files say."""
+"""An imported SAE is evaluated on contexts with the first token and the length that its files record."""
 
 import json
 import shutil
@@ -168,7 +168,7 @@ def test_an_export_says_what_contexts_began_with_and_comes_back_to_the_same_numb
 def test_an_imported_sae_is_evaluated_on_contexts_like_its_own(
     metadata: dict[str, Any], said: str, trained: tuple[Path, Path], exported: Path, tmp_path: Path
 ) -> None:
-    """Core equals that of contexts which are changed by hand."""
+    """The core result equals one on contexts changed by hand."""
     folder, _ = trained
     cache, number = Cache(folder), make_tokenizer("smollm2").get_vocab()
     files = Path(shutil.copytree(exported, tmp_path / "files"))
@@ -214,7 +214,7 @@ def test_imported_saes_that_differ_are_measured_on_contexts_of_their_own(
     plan = plan_evaluation(EvaluateConfig([run, *imports], "core", references=True, device="cpu"))
     assert len(plan.groups) == 3
     digests = {json.dumps(group.ctx.text_identity) for group in plan.groups}
-    assert len(digests) == 2  # the first import begins like the run
+    assert len(digests) == 2  # contexts of the first import begin like those of the run
     rows = {row.name: row for row in run_evaluation(plan) if row.folder and not row.is_reference}
     scores = {name: row.results["core"].metrics["model_behavior_preservation"] for name, row in rows.items()}
     kl = {name: score["kl_div_with_sae"] for name, score in scores.items()}

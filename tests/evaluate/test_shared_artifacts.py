@@ -1,4 +1,4 @@
-"""What no SAE changes is computed by one of several ranks, and read by the others."""
+"""Artifacts that do not depend on the SAE are computed by one rank and read by the others."""
 
 import fcntl
 import os
@@ -28,7 +28,7 @@ KEY = {"a": 1}
 
 
 def in_threads(count: int, work: Callable[[ArtifactCache], Any], folder: Path) -> list[Any]:
-    """What `work` returns for so many ranks: their locks are of files, and exclude threads as they do processes."""
+    """The results of `work` in `count` threads, which stand for ranks: the file locks also exclude threads."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, [ArtifactCache(folder, shared=True) for _ in range(count)]))
 
@@ -156,7 +156,7 @@ def test_without_locks_each_rank_computes_for_itself(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def contexts(tiny_cache, home: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The evaluation contexts of three ranks, which count their passes of the model in `passes`."""
+    """The evaluation contexts of three ranks."""
     monkeypatch.setenv("WORLD_SIZE", "3")
     return [make_context(tiny_cache, tokens=400) for _ in range(3)]
 

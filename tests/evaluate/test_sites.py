@@ -1,7 +1,7 @@
-"""SAEs of every site, from the harvest to the import of their export, against a script that knows only transformers.
+"""SAEs at every site, from harvest to the import of their export, compared with a script that uses only transformers.
 
-The script hooks a module of transformers' model, replaces its activations at the counted tokens by the SAE's
-reconstructions, and computes KL, CE and the explained variance from the logits and activations that it sees.
+The script hooks a module of the transformers model, replaces its activations at the counted tokens by the SAE's
+reconstructions, and computes KL, CE and explained variance from the resulting logits and activations.
 """
 
 import math
@@ -45,7 +45,7 @@ MODULES = {  # the modules of Gemma 2, from the source of transformers
 }
 WIDTHS = {"mlp_hidden": 48, "mlp.gate_proj.output": 48}  # elsewhere 32
 LOGIT_SITES = {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"}
-QUICK = {"resid_mid", "resid_post", "attn_z", "mlp.gate_proj.output"}  # each kind of site, from export to import
+QUICK = {"resid_mid", "resid_post", "attn_z", "mlp.gate_proj.output"}  # one of each kind, from export to import
 TOKENS = 300
 
 
@@ -61,7 +61,7 @@ def test_no_site_is_left_out():
 def trained(
     tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Cache, dict[str, Path]]:
-    """A cache of every site of layer 1, and a run trained on each."""
+    """A cache with every site of layer 1, and a run trained at each site."""
     home = tmp_path_factory.mktemp("sites")
     config = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(1,), sites=tuple(SITES), tokens=2048, context=32,
@@ -93,7 +93,7 @@ def model(tiny_model: Path) -> nn.Module:
 def plain_numbers(
     model: nn.Module, cache: Cache, site: str, reconstruct: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """KL, CE and explained variance of a reconstruction at a site, with hooks of torch alone."""
+    """KL, CE and explained variance of a reconstruction at a site, computed with plain PyTorch hooks."""
     contexts, special = cache.contexts(held_out=True), torch.tensor([0, 1, 2])
     (path, end), before = MODULES[site], []
     sums, rows, recons = {"kl": 0.0, "ce": 0.0, "tokens": 0, "next": 0}, [], []

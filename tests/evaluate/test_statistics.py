@@ -95,7 +95,7 @@ def test_intervals_cover_what_they_say():
 
 
 def test_the_interval_of_a_ratio_ends_where_a_paired_test_begins_to_find_a_difference():
-    """Fieller 1954: at an end q the paired test of numerators - q denominators has p = 0.05; inside it is larger."""
+    """Fieller 1954: at an end q, a paired test of numerators - q * denominators has p = 0.05; inside, p is larger."""
     rng = np.random.default_rng(0)
     bottom = rng.normal(1, 0.2, 9)
     top = 0.6 * bottom + rng.normal(0, 0.05, 9)

@@ -1,4 +1,4 @@
-"""A metric that compares seeds: which runs are seeds of one system, and what its results depend on."""
+"""Metrics that compare seeds: which runs are seeds of one system, and what the results depend on."""
 
 import json
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def test_a_result_is_of_the_seeds_that_it_was_measured_with(tiny_cache, home):
     a, b, c = (make_run(home / name, tiny_cache, seed) for seed, name in enumerate("abc"))
     assert counted(evaluate(EvaluateConfig([a, b], **ASKED))) == {"a": 1, "b": 1}
     assert counted(evaluate(EvaluateConfig([b, a], **{**ASKED, "references": True}))) == {"a": 1, "b": 1}
-    assert measured == [["a", "b"]]  # the second time both were found, and no reference was measured
+    assert measured == [["a", "b"]]  # the second call found both results, and references were not measured
     settings = json.loads((a / "evaluations" / "beside.json").read_text())["eval_config"]
     assert len(settings["seeds"]) == 1 and settings["weights"] not in settings["seeds"]
     assert counted(evaluate(EvaluateConfig([a, b, c], **ASKED))) == {"a": 2, "b": 2, "c": 2}  # a seed more

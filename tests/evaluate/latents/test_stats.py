@@ -1,4 +1,4 @@
-"""What single latents do: hand-worked numbers, and the same by other ways."""
+"""Statistics of single latents, compared with numbers worked by hand and with other implementations."""
 
 import math
 
@@ -105,7 +105,7 @@ def test_top_passages_are_those_of_sorting_everything(tokens):
         assert [p.context for p in own] == peaks.indices[:10].tolist()
         assert [p.value for p in own] == peaks.values[:10].tolist()
         for p in own:
-            assert len(p.inside(9)) == min(tokens, 9)  # as many as were asked for, or the whole context
+            assert len(p.inside(9)) == min(tokens, 9)  # the passage has the requested length, or is the whole context
             assert p.start == min(max(0, p.position - window.before), max(0, 9 - tokens))
             assert p.inside(9).tolist() == f_NSF[p.context, p.start : p.start + tokens, latent].tolist()
             assert p.value == f_NSF[p.context, p.position, latent] and not p.values[9 - p.start :].any()
@@ -132,7 +132,7 @@ def test_a_window_is_of_the_asked_size_and_no_longer_than_a_context(tokens, cont
     assert asked.width == tokens and limited.width == min(tokens, context)
     position_P = torch.arange(context)
     start_P = limited.starts(position_P, context)
-    assert ((start_P <= position_P) & (position_P < start_P + limited.width)).all()  # the token is in its passage
+    assert ((start_P <= position_P) & (position_P < start_P + limited.width)).all()  # every passage contains its token
     assert start_P.min() >= 0 and (start_P + limited.width).max() <= context
     assert tokens < 2 or asked.before >= asked.after
 
@@ -166,7 +166,7 @@ def test_neighbours_by_hand():
 def test_latents_that_fire_together_by_hand():
     f_TF = np.array([[3, 4, 0], [0, 3, 0], [4, 0, 0], [0, 0, 0]], dtype=np.float32)
     found, jaccard = coactive_latents(sparse.csc_array(f_TF), torch.arange(3), quiet)
-    assert found.entries(0) == [(1, pytest.approx(12 / 25))]  # the other's cosine is 0: it is not listed
+    assert found.entries(0) == [(1, pytest.approx(12 / 25))]  # latent 2 has cosine 0, so it is not listed
     assert found.entries(1) == [(0, pytest.approx(12 / 25))] and found.entries(2) == []
     assert jaccard[0, 0] == pytest.approx(1 / 3)
 
@@ -229,7 +229,7 @@ def test_direct_logits_of_every_family_are_a_step_before_its_final_norm(kind):
     model, (x_D, row_D) = LanguageModel(like), torch.randn(2, 16)
     final = lambda x_D: like.get_output_embeddings()(model.norm(x_D))  # noqa: E731
     _, change_V = torch.autograd.functional.jvp(final, x_D, row_D + 3)
-    _, own_V = torch.autograd.functional.jvp(final, x_D, x_D)  # nothing but eps: a norm does not see a length
+    _, own_V = torch.autograd.functional.jvp(final, x_D, x_D)  # scaling x changes only the effect of eps
     size_D, direction_D = (
         y_D - y_D.mean() if isinstance(model.norm, torch.nn.LayerNorm) else y_D for y_D in (x_D, row_D + 3)
     )

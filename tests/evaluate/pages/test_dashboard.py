@@ -130,7 +130,7 @@ def test_passages_that_do_not_fit_into_memory_are_refused():
 
 
 def test_the_model_is_shown_by_name_and_digest(run):
-    """The model of the test lies in a folder, whose path stands nowhere."""
+    """The model is a local folder, whose path is shown nowhere."""
     model = open_run(run, 300, "cpu").sae.origin["model"]
     path, shown = Path(model["name"]), f"tiny-gemma-{model['revision'][:8]}"
     html = page_of(run)

@@ -1,6 +1,6 @@
-"""The page in a browser: search, sort, navigation, keys, fingers; any message on the console fails a test.
+"""The dashboard in a browser: search, sorting, navigation, keys and touch. Any console message fails a test.
 
-Only the search is among the quick tests: each page takes a second and more of the processor.
+Only the search tests run by default, because each page takes more than a second of CPU time.
 """
 
 import json
@@ -61,7 +61,7 @@ def file(tiny_cache, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def unlabeled(tiny_cache, tmp_path_factory) -> Path:
-    """Of an SAE of 60 latents, none of which has a label; a run that logged 2,000 lines and was not evaluated."""
+    """The page of an SAE with 60 latents and no labels; its run logged 2,000 lines and was not evaluated."""
     folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / ("a-long-name-" * 6), 60)
     lines = [
         {"step": n, "tokens": 50 * n, "loss": 1 / n, "l0": 4.0, "explained_variance": 1 - 1 / n} for n in range(1, 2001)
@@ -73,14 +73,14 @@ def unlabeled(tiny_cache, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def page(opened, file):
-    """The page, ready."""
+    """The page after its script has run."""
     shown = opened(file)
     shown.wait_for_selector("html[data-ready]", state="attached")
     return shown
 
 
 def latents(page) -> list[int]:
-    """Those whose rows are drawn, from above."""
+    """The latents whose rows are drawn, from top to bottom."""
     return [int(text) for text in page.locator("#rows tr[data-place] th[scope=row]").all_inner_texts()]
 
 
@@ -167,14 +167,14 @@ def test_neighbours_lead_to_each_other_and_back(page, file):
     shares = page.locator("#latent .fires").evaluate_all(
         "found => found.map(one => getComputedStyle(one).backgroundColor)"
     )
-    assert len(set(shares)) > 1  # colored by how active they are
+    assert len(set(shares)) > 1  # tokens are colored by activation
 
 
 @pytest.mark.slow
 def test_keys(page):
     page.keyboard.press("/")
     page.locator("#search:focus").wait_for()
-    page.keyboard.type("?j")  # in the search these are letters
+    page.keyboard.type("?j")  # in the search field they are typed, not shortcuts
     assert page.locator("#search").input_value() == "?j"
     page.keyboard.press("Escape")
     page.keyboard.press("Escape")
@@ -239,7 +239,7 @@ def test_a_column_without_a_value_has_no_head_and_takes_no_room(page, opened, un
     assert plain.locator("#which option").all_inner_texts() == ["all", "alive", "dead"]
     assert plain.locator("#search").get_attribute("placeholder") == "token or number"
     box, last = plain.locator("#rows").bounding_box(), plain.locator("#rows thead th").last.bounding_box()
-    assert last["x"] + last["width"] > box["x"] + box["width"] - 20  # the tokens reach to the edge
+    assert last["x"] + last["width"] > box["x"] + box["width"] - 20  # the last column reaches the edge
 
 
 def tokens_of(line) -> list[str]:
@@ -248,7 +248,7 @@ def tokens_of(line) -> list[str]:
 
 @pytest.mark.slow
 def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_context(page, file):
-    """The central token stays where it is on the screen."""
+    """The central token does not move on the screen."""
     page.goto(f"{file.as_uri()}#latent-5")
     shows(page, 5)
     first = page.locator("#latent .passages li").first
@@ -258,9 +258,9 @@ def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_conte
     button.click()
     whole = tokens_of(line)
     assert len(whole) == 32 and "".join(passage) in "".join(whole)
-    assert page.locator("#latent .passages li >> nth=1 >> p >> span").count() == PASSAGE  # the others stay as they are
+    assert page.locator("#latent .passages li >> nth=1 >> p >> span").count() == PASSAGE  # other passages do not change
     assert line.locator(".chosen").count() == 1 and abs(first.locator(".chosen").bounding_box()["y"] - place["y"]) < 2
-    assert line.locator(".dim").count() >= 32 - PASSAGE  # whose activations are not on the page
+    assert line.locator(".dim").count() >= 32 - PASSAGE  # the page has no activations of these tokens
     less = first.get_by_role("button", name="less")
     assert less.get_attribute("aria-expanded") == "true"
     less.press("Enter")
@@ -269,7 +269,7 @@ def test_a_passage_has_the_asked_number_of_tokens_and_more_shows_the_whole_conte
 
 @pytest.mark.slow
 def test_a_long_curve_has_enough_points_and_not_too_many(page, opened, unlabeled):
-    """A run of 100,000 steps that logged every fiftieth."""
+    """The run has 100,000 steps and logged every 50th."""
     plain = opened(unlabeled)
     paths = plain.locator("#view-run svg.chart[aria-label^='loss'] g path").evaluate_all(
         "found => found.map(one => one.getAttribute('d').split('L').length)"
@@ -363,7 +363,7 @@ def test_a_printed_latent_has_no_table_and_no_keys(page, file):
     assert page.locator("#latent h2").is_visible() and page.locator("#latent .passages").first.is_visible()
     assert not page.locator("#rows").is_visible() and not page.locator("nav").is_visible()
     page.emulate_media(media="screen")
-    page.locator("#rows tr[aria-current]").wait_for()  # the table is drawn again, where it was
+    page.locator("#rows tr[aria-current]").wait_for()  # the table is drawn again at the same position
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The comparison and a paper's report in a browser; any message on the console fails a test."""
+"""The pages of a comparison and of a paper's report in a browser. Any console message fails a test."""
 
 import re
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_every_number_has_its_chart_with_a_mark_for_each_system(comparison):
 
 
 def test_every_row_of_a_table_begins_with_its_heading(tmp_path):
-    """So a screen reader says of which run, claim or setting a cell is."""
+    """A screen reader can then announce which run, claim or setting a cell belongs to."""
     runs = [make_run(tmp_path, "a", seed=seed) for seed in (0, 1)] + [
         make_run(tmp_path, "b", seed=seed) for seed in (0, 1)
     ]

@@ -45,7 +45,7 @@ def test_data_sets_stand_in_the_order_of_the_models_probe_with_their_mean():
         "A probe on 5 latents is better than the model's own probe on 1 of 2 data sets: mean AUC 0.7500"
     )
     assert "a difference of +0.0000 (-1.2706 to +1.2706, 95 %" in part.lead  # 0.1 and -0.1: 12.706 x 0.1414 / sqrt(2)
-    assert len(re.findall("<title>", part.chart)) == 2 * 3 + 1  # a mark for each, and the line
+    assert len(re.findall("<title>", part.chart)) == 2 * 3 + 1  # one mark per number, and the line
     assert "1 latent of the SAE: high, 0.6000" in part.chart
 
 

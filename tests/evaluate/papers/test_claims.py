@@ -1,4 +1,4 @@
-"""The claims of the five papers: what their files hold, how they are read, and what is refused."""
+"""The files with the claims of the five papers: their contents, how they are read and which are refused."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ def test_ids_are_unique(paper):
 
 @every_paper
 def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper):
-    """The papers' arithmetic: a printed change is within a point, or a tenth, of what the printed numbers give."""
+    """A printed change is within 1 (for % and pp) or 0.1 (for x) of the change between the printed numbers."""
     for change in (claim for claim in paper.claims if claim.is_change and claim.metric != "none"):
         own, other = (
             [
@@ -96,8 +96,7 @@ def test_a_change_is_that_of_the_two_numbers_beside_it_or_a_contradiction(paper)
 
 @every_paper
 def test_claims_of_one_number_that_differ_are_inconsistent(paper):
-    """Where a paper prints two numbers for one system and metric, no verdict is given on either, unless the verdict's
-    5 % does not tell them apart."""
+    """If a paper prints two numbers for one system and metric that differ by more than 5 %, neither gets a verdict."""
     groups: dict[tuple, list] = {}
     for claim in paper.claims:
         if claim.value is not None and not claim.is_change and claim.metric != "none":
@@ -178,7 +177,7 @@ def test_the_counter_of_a_mechanism_is_one_that_its_recipes_log(paper):
 
 
 def test_what_no_table_shows_is_in_results(tiny_cache, home):
-    """The names of EXTRA_METRICS, in results of mode 2024-12."""
+    """Results of mode 2024-12 contain the numbers in EXTRA_METRICS, which no table shows."""
     torch.manual_seed(0)
     sae = SAE(32, 16, [ReLU()])
     origin = {"model": tiny_cache.identity["model"], "layer": 0, "cache": str(tiny_cache.folder)}
@@ -199,7 +198,7 @@ def test_what_no_table_shows_is_in_results(tiny_cache, home):
         "sparse_probing": sparse_probing.build_result(by_dataset, by_dataset, [*scores.top], 100, False)
     }
     for name in EXTRA_METRICS:
-        if name == STEP_TIME:  # of no result: step_times.json
+        if name == STEP_TIME:  # comes from step_times.json, not from a result
             continue
         metric, category, field = name.split(".", 2)
         result = results[metric]
@@ -234,7 +233,7 @@ def test_the_last_printed_digit_is_that_of_the_paper():
     assert claim_of("ev", "004").rounding == pytest.approx(0.0005)  # 90.2 %
     assert claim_of("scr-10").rounding == pytest.approx(0.0005)  # -0.008
     assert claim_of("l0", "004").rounding == 0.5  # 1,735
-    assert Claim("", "", "0.9, or 0.900", value=0.9).rounding == pytest.approx(0.0005)  # the more exact of the two
+    assert Claim("", "", "0.9, or 0.900", value=0.9).rounding == pytest.approx(0.0005)  # the more precise of the two
 
 
 def test_what_is_claimed_is_shown_with_its_unit_and_an_equivalence_with_its_margin():
@@ -285,6 +284,6 @@ def test_the_check_finds_quotes_over_line_ends_and_numbers_in_none():
 
 @every_paper
 def test_a_claim_is_about_a_number_that_its_mode_has(paper):
-    """SAEBench of December 2024 has no misc_metrics, so a claim about them would never be measured."""
+    """The SAEBench version of December 2024 has no misc_metrics, so claims about them could never be measured."""
     named = [claim.metric for claim in paper.claims] + [one.metric for one in paper.unreported]
     assert paper.mode == "2024-12" and not [name for name in named if name.startswith("core.misc_metrics.")]

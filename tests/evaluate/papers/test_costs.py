@@ -1,4 +1,4 @@
-"""Claims about what a training step takes."""
+"""Claims about the time of a training step."""
 
 import json
 from dataclasses import replace
@@ -35,10 +35,10 @@ def test_the_ratio_is_that_of_the_medians_with_what_is_done_now_and_then():
 def test_the_table_is_of_the_nearest_width():
     sizes = [(1, 100), (4, 100), (4, 200), (32, 100)]
     tables = [table(*one) for one in sizes]
-    assert nearest_table(PAPER, tables) is tables[2]  # 4 and 32 are as far from 8: the factors are 2 and 4
+    assert nearest_table(PAPER, tables) is tables[2]  # 4 is closer to 8 than 32 is: factors of 2 and 4
     assert nearest_table(load_paper("004"), tables) is tables[0]
     tables = [table(4), table(14)]
-    assert nearest_table(PAPER, tables) is tables[1]  # 14 is 1.75 times 8, which is twice 4
+    assert nearest_table(PAPER, tables) is tables[1]  # 14 is 1.75 times 8, and 8 is 2 times 4
 
 
 def test_a_recipe_that_was_not_measured_has_no_cost():
@@ -60,7 +60,7 @@ def test_of_several_recipes_the_slowest_counts():
 @pytest.mark.parametrize(
     ("changed", "low", "high", "expected"),
     [
-        ({}, 1.1, 1.6, "direction only"),  # 20 % is claimed, and no size contradicts
+        ({}, 1.1, 1.6, "direction only"),  # 20 % is claimed; the size of the increase is not judged
         ({}, 2.7, 3.1, "direction only"),
         ({}, 0.9, 1.6, "not comparable"),
         ({}, 0.7, 0.9, "contradicted"),

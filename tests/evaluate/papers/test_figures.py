@@ -119,7 +119,7 @@ def test_a_category_is_the_mean_over_seeds_of_a_system():
 
 
 def test_a_run_that_is_of_two_systems_is_shown_once():
-    """Paper 000's runs are a system together and one by one; run 9 without its inhibition is a system of its own."""
+    """In paper 000, the runs form one system together, and each is also a system; run 9 without inhibition is another."""
     paper = load_paper("000")
     made = [
         run("run-09-no-inhibition", "collapse-09 without", seed, layer=12)

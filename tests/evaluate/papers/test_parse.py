@@ -1,4 +1,4 @@
-"""How the files of claims are read, and what is refused."""
+"""Reading the files of claims: what is parsed and what is refused."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ SUBSTITUTES = 'substitutes = [{ claims = ["runs"], what = "(2)", why = "it costs
 
 
 def words(lines):
-    """Claim `runs` as a comparison in words, with these lines instead of its metric."""
+    """The file with claim `runs` as a comparison in words, and `lines` in place of its metric."""
     claim = GOOD.split('id = "runs"')[1].split("[[")[0]
     why = next(line for line in claim.split("\n") if line.startswith("why"))
     spoken = claim.replace("value = 9", 'says = "less"').replace('metric = "none"', lines).replace(why, "")
@@ -28,7 +28,7 @@ def words(lines):
 
 
 def measured(before="", after="", more=""):
-    """Claim `runs` of a metric of ours, and with `more` another one of value 9, whose lines these are."""
+    """The file with claim `runs` about our L0. `more` holds further lines of a second claim, with the value 9."""
     claim = GOOD.split('id = "runs"')[1].split("[[")[0]
     why = next(line for line in claim.split("\n") if line.startswith("why"))
     asked = claim.replace('metric = "none"', 'metric = "core.sparsity.l0"').replace(why, "").replace(before, after)
@@ -259,7 +259,7 @@ def test_numbers_of_two_systems_and_a_change_beside_a_number_are_no_pair():
 
 
 def test_a_copy_may_be_rounded():
-    """8.6 is within 5 % of 9. Neither a copy nor a restatement counts."""
+    """8.6 is within 5 % of 9. Copies and restatements are not counted."""
     text = changed("value = 9", 'value = 9\ncopy_of = "more"') + "[[claim]]" + TWO.split("[[claim]]")[1] % (8.6, 8.6)
     paper = parse_paper(text, "x")
     assert [claim.id for claim in paper.claims if not paper.is_counted(claim)] == ["runs"]

@@ -1,4 +1,4 @@
-"""The numbers in a quoted line."""
+"""Finding the numbers in a quoted line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A paper's claims beside what was measured."""
+"""The report that compares a paper's claims with measured numbers."""
 
 import json
 import re
@@ -104,10 +104,10 @@ def test_a_claim_about_several_recipes_has_to_hold_of_each():
     (row,) = build_report(paper, runs, False).rows
     assert row.verdict == "contradicted" and row.measured == "0.1 to 0.9 over 2"
     assert row.difference == "-0.4 to +0.4 over 2" and row.seeds == 3
-    assert build_report(paper, [*runs[:5], *runs[6:]], False).rows[0].seeds == 2  # of b there are two
+    assert build_report(paper, [*runs[:5], *runs[6:]], False).rows[0].seeds == 2  # recipe b has two seeds
     (row,) = build_report(paper, [one for one in runs if one.recipe != "b"], False).rows
-    assert row.verdict == "not measured"  # of b nothing is known
-    turned = replace(paper.claims[0], system="baseline", against="full")  # and against each
+    assert row.verdict == "not measured"  # recipe b was not measured
+    turned = replace(paper.claims[0], system="baseline", against="full")  # the same with the recipes on the other side
     assert row_of(turned, runs, replace(paper, claims=(turned,))).verdict == "contradicted"
 
 
@@ -273,7 +273,7 @@ def test_a_line_of_the_log_that_is_none_is_left_out(tmp_path, line):
     kept = {"step": 1, "tokens": 4, "loss": 2.0}
     changed = '{"step": 2, "tokens": 8, "loss": "low", "dead": null}'
     (tmp_path / "metrics.jsonl").write_bytes("\n".join([line, json.dumps(kept), changed, line]).encode() + b"\xff")
-    with pytest.warns(LeftOutWarning, match="Left out: 1 line of .*metrics.jsonl"):  # the last was cut off by a kill
+    with pytest.warns(LeftOutWarning, match="Left out: 1 line of .*metrics.jsonl"):  # the last line is cut off
         assert read_metrics_log(tmp_path) == [kept, {"step": 2, "tokens": 8}]
 
 
@@ -284,7 +284,7 @@ def three(system, recipe, ev, **more):
     return [run(system, recipe, seed, ev=ev + seed / 1000, **more) for seed in range(3)]
 
 
-BETTER = claim(against="baseline", against_value=0.5)  # EV of `full` above that of `baseline`
+BETTER = claim(against="baseline", against_value=0.5)  # claims that the EV of `full` is above that of `baseline`
 LOW, HIGH = three("baseline", "hierarchical-topk320", 0.6), three("baseline", "hierarchical-topk320", 0.9)
 
 
@@ -367,7 +367,7 @@ def test_without_a_result_the_l0_is_that_of_training():
     row = row_of(BETTER, [*logged(own, 40.0), *logged(other, 30.0)])
     assert row.notes == ["L0 40 against 30"]
     both = [replace(one, log=[line | {"l0": 40.0} for line in one.log]) for one in own]
-    assert row_of(BETTER, [*both, *logged(other, 30.0)]).notes == ["L0 40 against 30"]  # of the same kind for both
+    assert row_of(BETTER, [*both, *logged(other, 30.0)]).notes == ["L0 40 against 30"]  # both from training
     assert row_of(BETTER, [*both, *other]).notes == ["L0 90 against 30"]
 
 
@@ -449,8 +449,8 @@ def test_between_two_systems_of_a_family_every_mechanism_has_to_be_idle():
     row = row_of(asked, runs(1, 1, 0), paper)
     assert row.verdict == "direction only" and row.notes == [
         "`merged` of full stayed 0 until the end"
-    ]  # said all the same
-    known = [one for one in runs(0, 0, 0) if one.system != "adaptive"]  # of what was not run nothing is known
+    ]  # the note appears anyway
+    known = [one for one in runs(0, 0, 0) if one.system != "adaptive"]  # `adaptive` was not run
     assert row_of(asked, known, paper).verdict == "direction only"
     back = replace(asked, system="linear", against="full")
     assert row_of(back, runs(0, 0, 0), of(back, systems=FAMILY)).verdict == "mechanism inactive"
@@ -474,7 +474,7 @@ def test_beside_another_model_an_idle_mechanism_is_not_counted_again():
         assert row_of(resample, runs, unlike).verdict == "direction only"
     acted = family("resample", 0.8, resampled=3) + runs[3:]
     assert row_of(resample, acted, of(linear, resample, systems=FAMILY)).verdict == "direction only"
-    adaptive = replace(resample, id="adaptive", system="adaptive")  # two idle mechanisms above `linear`
+    adaptive = replace(resample, id="adaptive", system="adaptive")  # adds two idle mechanisms to `linear`
     both = family("adaptive", 0.8, moved=0) + runs
     row = row_of(adaptive, both, of(linear, adaptive, systems=FAMILY))
     assert row.verdict == "mechanism inactive"

@@ -1,4 +1,4 @@
-"""What was run beside what a paper prints, from the records of the runs."""
+"""The comparison of the settings of runs, read from their records, with those that a paper prints."""
 
 from dataclasses import replace
 
@@ -107,7 +107,7 @@ def test_values_that_some_systems_alone_have_are_named_with_them():
     runs = [made(), made("linear"), made("l1", lr=1e-3), made("baseline", lr=2e-3)]
     one = setting("learning rate", *runs)
     assert one.ours == "0.0003; 0.001 (l1); 0.002 (baseline)" and one.differs
-    again = [made("l1", lr=1e-3), made("baseline"), made("full"), made("l1", lr=1e-3)]  # two seeds are one system
+    again = [made("l1", lr=1e-3), made("baseline"), made("full"), made("l1", lr=1e-3)]  # two seeds count as one system
     assert setting("learning rate", *again).ours == "0.0003; 0.001 (l1)"
     many = [made(name, lr=number / 1000) for number, name in enumerate(PAPER.systems, 1)][:6]
     assert setting("learning rate", *many[:4]).ours.endswith("(linear); 0.004 (resample)")
@@ -118,7 +118,7 @@ def test_a_system_s_own_width_is_no_difference():
     assert not setting("width", made(), made("wide", sizes={"d_sae": 8 * 2304})).differs
     assert setting("width", made("wide")).differs
     wide, wider = made(sizes={"d_sae": 4 * 2304}), made("linear", sizes={"d_sae": 2880})
-    assert setting("width", wider, made(), made()).differs  # 1.25x, whatever the others are
+    assert setting("width", wider, made(), made()).differs  # 1.25x differs, although the other systems have 1x
     assert setting("width", made(), wider, made("l1"), wider).ours == (
         "2,304 latents of 2,304 dimensions (1x); 2,880 latents of 2,304 dimensions (1.25x) (linear)"
     )

@@ -1,6 +1,6 @@
-"""The verdict on a claim: cases worked by hand, and what holds whatever is measured.
+"""The verdict on a claim: cases worked by hand, and properties that hold for any numbers.
 
-Of three seeds the 95 % interval is mean +- 4.303 sd/sqrt(3), of two mean +- 12.706 |difference|/2.
+The 95 % interval over three seeds is mean +- 4.303 sd/sqrt(3), and over two seeds mean +- 12.706 |difference|/2.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def verdict(*about, **conditions):
         (PAIR, [15.0, 15.2, 15.1], [12.0, 12.1, 12.2], "contradicted"),
         # every seed is 1 % below: less than a tenth of the 50 % that is claimed
         (PAIR, [14.85, 15.048, 14.949], [15.0, 15.2, 15.1], "contradicted"),
-        # differences -4, 0, +1: anything is possible, and the number is 13 +- 5
+        # the differences -4, 0 and +1 allow either direction, and the number is 13 +- 5
         (PAIR, [11.0, 13.0, 15.0], [15.0, 13.0, 14.0], "not comparable"),
         # without the other system, the claim is judged by its number alone
         (PAIR, [12.0, 12.1, 12.2], [], "contradicted"),
@@ -87,13 +87,13 @@ def verdict(*about, **conditions):
         (FALL, [5.1, 5.0, 4.9], [10.0, 10.0, 10.0], "reproduced"),
         (FALL, [8.1, 8.0, 7.9], [10.0, 10.0, 10.0], "direction only"),
         (FALL, [12.1, 12.0, 11.9], [10.0, 10.0, 10.0], "contradicted"),
-        # -1 % is less than a tenth of -50; -6 % is more; of x as many, 1.05 is 0.05 more and less than 0.1
+        # -1 % is less than a tenth of -50 %, and -6 % is more; an increase to 1.05x is less than a tenth of that to 2x
         (FALL, [9.9, 9.91, 9.89], [10.0, 10.0, 10.0], "contradicted"),
         (FALL, [9.4, 9.41, 9.39], [10.0, 10.0, 10.0], "direction only"),
         (TIMES, [10.5, 10.51, 10.49], [10.0, 10.0, 10.0], "contradicted"),
         (TIMES, [11.5, 11.51, 11.49], [10.0, 10.0, 10.0], "direction only"),
         (FALL, [5.0], [10.0], "not comparable"),
-        # a share of zero is none
+        # a change relative to zero does not exist
         (FALL, [5.0, 5.0, 5.0], [0.0, 10.0, 10.0], "not comparable"),
         # only seed 0 exists for both systems
         (FALL, [5.0, 5.0, 5.0], [10.0], "not comparable"),
@@ -116,13 +116,13 @@ def test_on_the_paper_s_model(claim, own, other, expected):
         (PAIR, [10.0, 10.0, 10.0], [20.0, 20.0, 20.0], "direction only"),
         (PAIR, [1.2, 1.21, 1.19], [2.0, 2.0, 2.0], "direction only"),
         (PAIR, [2.2, 2.21, 2.19], [2.0, 2.0, 2.0], "contradicted"),
-        # -2.5 %: less than a tenth of -50, but no size contradicts here: the side is the paper's
+        # -2.5 % is less than a tenth of -50 %, but on another model only the direction counts
         (PAIR, [1.95, 1.951, 1.949], [2.0, 2.0, 2.0], "direction only"),
         (PAIR, [1950.0, 1951.0, 1949.0], [2000.0, 2000.0, 2000.0], "direction only"),
-        # on both sides of zero, and all of it within a tenth of what is claimed
+        # the interval contains zero and is within a tenth of the claimed change
         (PAIR, [1.999, 2.0, 2.001], [2.0, 2.0, 2.0], "not comparable"),
         (FALL, [9.999, 10.0, 10.001], [10.0, 10.0, 10.0], "not comparable"),
-        # against 0 there is no share, but a side
+        # relative to 0 there is no change in %, but there is a direction
         (PAIR, [-1.0, -1.1, -0.9], [0.0, 0.0, 0.0], "direction only"),
         (PAIR, [10.0, 10.0, 10.0], [], "not measured"),
         (FALL, [5.0, 5.0, 5.0], [10.0, 10.0, 10.0], "direction only"),
@@ -222,7 +222,7 @@ def test_the_interval_is_student_s():
 
 def test_changes_are_in_the_unit_of_the_claim():
     pairs = [(3.0, 2.0), (-1.0, -2.0)]
-    assert paired_changes("%", pairs) == [50.0, 50.0]  # of |other|: -1 is above -2
+    assert paired_changes("%", pairs) == [50.0, 50.0]  # relative to |other|: -1 is above -2
     assert paired_changes("share", pairs) == [0.5, 0.5]
     assert paired_changes("pp", pairs) == [100.0, 100.0]
     assert paired_changes("", pairs) == [1.0, 1.0]
@@ -254,10 +254,10 @@ NEARLY = dataclasses.replace(EQUAL, unit="%", margin=2.0)
         # of 90 %: mean +- 2.920 sd/sqrt(3). 0.08 +- 0.01686 is within 0.1, and of 95 %, 0.02484, it is not
         (EQUAL, [1.07, 1.08, 1.09], "equivalent within the margin", "equivalent within the margin"),
         (EQUAL, [0.91, 0.92, 0.93], "equivalent within the margin", "equivalent within the margin"),
-        # 0.085 +- 0.01686 reaches over the margin
+        # 0.085 +- 0.01686 extends beyond the margin
         (EQUAL, [1.075, 1.085, 1.095], "not comparable", "not comparable"),
         (EQUAL, [0.905, 0.915, 0.925], "not comparable", "not comparable"),
-        # 0.12 +- 0.01686 lies outside, and its 95 % interval does not
+        # 0.12 +- 0.01686 lies outside the margin, and its 95 % interval does not
         (EQUAL, [1.11, 1.12, 1.13], "contradicted", "not equivalent"),
         (EQUAL, [0.87, 0.88, 0.89], "contradicted", "not equivalent"),
         (EQUAL, [1.0], "not comparable", "not comparable"),
@@ -283,7 +283,7 @@ def test_a_margin_of_a_share_is_one_of_the_other_s_number():
 # --- L0, substitutions, mechanisms ------------------------------------------------------------------------------------
 
 EV = dataclasses.replace(PAIR, metric="core.reconstruction_quality.explained_variance")
-BELOW, ABOVE = ([1.2, 1.21, 1.19], [2.0] * 3), ([2.2, 2.21, 2.19], [2.0] * 3)  # as claimed, and the opposite
+BELOW, ABOVE = ([1.2, 1.21, 1.19], [2.0] * 3), ([2.2, 2.21, 2.19], [2.0] * 3)  # the claimed direction, and the opposite
 WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
 
 
@@ -292,7 +292,7 @@ WIDE = ([1.0, 2.0, 3.0], [2.0] * 3)
     [
         (None, None, "direction only", "contradicted", ""),
         ((30.0, 30.0), None, "direction only", "contradicted", ""),
-        # 33 is 10 % above 30, and 33.1 is more
+        # 33 is 10 % above 30, and 33.1 is above that
         ((33.0, 30.0), None, "direction only", "contradicted", "L0 33 against 30"),
         ((30.0, 33.0), None, "direction only", "contradicted", "L0 30 against 33"),
         ((33.1, 30.0), None, "not comparable", "not comparable", "L0 33.1 against 30"),
@@ -405,7 +405,7 @@ def test_a_restatement_is_judged_like_any_claim():
 def test_differences_are_in_the_unit_of_a_change_and_else_in_the_metric_s():
     pairs = [(3.0, 2.0), (1.0, 2.0)]
     assert differences(PAIR, pairs) == [1.0, -1.0]
-    assert differences(SHARE, pairs) == [1.0, -1.0]  # its % is of the metric, not of another system
+    assert differences(SHARE, pairs) == [1.0, -1.0]  # % is the metric's unit here, not a change
     assert differences(FALL, pairs) == [50.0, -50.0]
     assert differences(TIMES, pairs) == [0.5, -0.5]
     assert differences(POINTS, pairs) == [100.0, -100.0]
@@ -414,7 +414,7 @@ def test_differences_are_in_the_unit_of_a_change_and_else_in_the_metric_s():
 
 @given(claims, numbers, numbers)
 def test_a_condition_takes_verdicts_away_and_never_adds_one(claim, own, other):
-    """Unlike L0 and a replaced equation can only withhold what the numbers say."""
+    """Different L0 or a replaced equation can only withhold the verdict that the numbers give."""
     plain = verdict(claim, own, other, at_home=False)
     for conditions in ({"l0": (6.0, 74.0)}, {"substituted": True}, {"l0": (6.0, 74.0), "printed_l0": 0.5}):
         found = verdict(claim, own, other, at_home=False, **conditions)
@@ -482,6 +482,6 @@ def test_the_equal_differences_of_two_seeds_decide_nothing():
     """For counts, for example, 1 and 2 more splits are as likely as 1 and 1."""
     assert confidence_interval([1.0, 1.0]) is None and confidence_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
     assert confidence_interval([0.0, 0.0]) == (0.0, 0.0)
-    found = judged(PAIR, [1.1, 0.3], [1.0, 0.2], at_home=False)  # 0.1 twice, but for rounding
+    found = judged(PAIR, [1.1, 0.3], [1.0, 0.2], at_home=False)  # both differences are 0.1, up to rounding
     assert found.verdict == "not comparable" and found.reason.endswith("or two seeds with the same difference")
     assert verdict(PAIR, [1.0, 1.04, 1.0], [1.04, 1.08, 1.04], at_home=False) == "direction only"
