@@ -36,7 +36,7 @@ def kl_line(comparison: Comparison, against: str, margins=(), system: str | None
 
 
 def test_a_line_by_hand(tmp_path):
-    """Differences of 0.03, 0.02 and 0.01: mean 0.02, sd 0.01, t = 3.4641 with two degrees of freedom."""
+    """The differences 0.03, 0.02 and 0.01 have mean 0.02 and sd 0.01: t = 3.4641 with two degrees of freedom."""
     other = [make_run(tmp_path, "relu", seed=seed, kl=kl) for seed, kl in ((2, 0.71), (1, 0.82), (0, 0.93))]
     found = compare_against(compare_runs([*seeds_of(tmp_path, "topk", BASE), *other]), "topk")
     heads, (l0, kl) = found.table()
@@ -78,7 +78,7 @@ def test_lower_is_better_where_the_number_says_so(tmp_path):
 
 
 def test_one_run_each_is_paired_by_document(tmp_path):
-    """Differences of 0.02, 0.01, 0.03 and 0.02 over four documents."""
+    """The differences in four documents are 0.02, 0.01, 0.03 and 0.02."""
     documents = [0.5, 0.9, 0.7, 0.7]
     one = make_run(
         tmp_path, "relu", documents=[a + d for a, d in zip(documents, (0.02, 0.01, 0.03, 0.02), strict=True)]

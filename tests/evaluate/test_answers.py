@@ -212,7 +212,7 @@ def test_of_the_other_metrics_the_number_of_which_a_control_has_most_is_told(run
         )  # fmt: skip
     numbers = answers_of(run)[CONTROL].numbers
     assert len(numbers) == 3 and "k=16" in numbers[2]
-    assert numbers[2].endswith("the control reaches 67% (67 to 67)")  # 0.2 / 0.3 of k = 16; of k = 1 it has 0.1 / 0.4
+    assert numbers[2].endswith("the control reaches 67% (67 to 67)")  # k = 16: 0.2 / 0.3; k = 1: 0.1 / 0.4
 
 
 def test_controls_are_asked_for_by_all_that_was_measured_but_stability(runs):
@@ -396,7 +396,7 @@ def test_all_comparisons_of_a_report_are_corrected_together(runs, home):
 def test_a_prediction_interval_is_wider_than_that_of_the_mean():
     values = [1.0, 2.0, 3.0, 4.0]
     (low, high), (mean_low, mean_high) = prediction_interval(values), mean_interval(values)
-    assert high - low == pytest.approx((mean_high - mean_low) * math.sqrt(5))  # sd sqrt(1 + 1/4) for sd / 2
+    assert high - low == pytest.approx((mean_high - mean_low) * math.sqrt(5))  # sd sqrt(1 + 1/4) instead of sd / 2
     assert (low + high) / 2 == pytest.approx(2.5) and prediction_interval([2.0, 2.0]) == (2.0, 2.0)
 
 

@@ -113,7 +113,7 @@ def test_one_folder_twice_is_one_run(tmp_path):
 
 
 def write_absorption(run, **changes):
-    """A result of absorption, with the settings of the run's core result."""
+    """Write a result of absorption with the settings of the run's core result."""
     core = RESULT_RECORD.read(run / "evaluations" / "core.json")
     shared = {"eval_config": core["eval_config"], "eval_result_unstructured": core["eval_result_unstructured"]}
     metrics = {"mean": {"mean_full_absorption_score": 0.1}}
@@ -188,7 +188,7 @@ def test_a_damaged_reference_does_not_stop_the_comparison_of_others(tmp_path, ho
 
 
 def test_a_result_of_another_reference_is_left_out(tmp_path, home):
-    """The name of a reference's folder ends with the digest of what it is."""
+    """The folder name of a reference ends with a digest of its description."""
     run = make_run(tmp_path / "runs")
     what = {"reference": "zero", "layer": 12, "site": "resid_post"}
     right = home / "activations" / "evaluation" / "references" / f"zero-L12-{digest_of(what)[:8]}"

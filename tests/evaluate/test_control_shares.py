@@ -121,7 +121,7 @@ COLUMNS = [(metric, column) for metric in ("core", "sparse_probing_stdlib") for 
 
 
 def shares_of(line: list[str]) -> dict[str, str]:
-    """Heading -> share, for the columns that have one."""
+    """A mapping from heading to share, for the columns with a share."""
     return {column.heading: cell for (_, column), cell in zip(COLUMNS, line[1:], strict=True) if cell}
 
 
@@ -217,7 +217,7 @@ def test_the_words_of_a_note_are_the_verdicts_of_paired_tests() -> None:
     assert "better in 1 of 2 tested numbers; worse in EV ↑ (0.8000; frozen 0.8100). " in note and "KL" not in note
     for one in (control("other", "y", ev=values(0.9)), row("pca-32", "", reference=True, ev=values(0.9))):
         assert note_of(run, one) == []
-    assert note_of(below, run) == []  # a control has none
+    assert note_of(below, run) == []  # controls have no note
 
 
 def test_a_number_that_cannot_be_tested_is_named_where_the_control_is_as_good() -> None:
@@ -286,7 +286,7 @@ def test_several_seeds_of_both_are_paired_by_seed_and_have_one_note() -> None:
 
 
 def test_a_control_of_another_l0_on_the_text_is_named() -> None:
-    """A system has the mean L0 of its seeds."""
+    """The L0 of a system is the mean over its seeds."""
     runs = {n: row(f"topk-s{n}", l0=l0, ev=0.8) for n, l0 in enumerate((30.0, 34.0))}
     for l0, count in ((29.2, 0), (35.1, 0), (28.9, 1), (35.3, 1)):
         found = list(unlike_l0("topk", runs, {"c": {0: control("c", l0=l0, ev=0.1)}}))

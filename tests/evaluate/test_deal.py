@@ -46,7 +46,7 @@ def test_the_longest_share_is_as_short_as_any_cut_can_make_it(seconds, count) ->
 
 @pytest.fixture
 def config(tiny_cache: Cache, home: Path) -> EvaluateConfig:
-    """Two systems of three seeds, of 48 and 64 latents, at layers 0 and 1."""
+    """Two systems of three seeds each: one with 48 latents at layer 0, one with 64 latents at layer 1."""
     for layer, seed in itertools.product(range(2), range(3)):
         folder = home / f"{'ab'[layer]}-{seed}"
         origin = {"model": tiny_cache.identity["model"], "layer": layer, "cache": str(tiny_cache.folder)}

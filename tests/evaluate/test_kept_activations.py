@@ -57,7 +57,7 @@ def test_the_plan_says_how_much_is_kept_that_is_not_there_yet(config, home, monk
     monkeypatch.setenv("SAE_HOME", str(home))
     run_evaluation(plan)
     files = len(list((home / "activations/evaluation").glob("text_pass-*.safetensors")))
-    assert announced["core"] < written(home, "text_pass") < announced["core"] + 200 * files  # with headers
+    assert announced["core"] < written(home, "text_pass") < announced["core"] + 200 * files  # the files have headers
     assert 50 * 32 * 4 == announced["stability"] < written(home, "held_out") < announced["stability"] + 300
     again = plan_evaluation(replace(config, force=True))
     assert again.has_work and " adds up to " not in "".join(again.describe())

@@ -87,7 +87,7 @@ def result_file(run: Path) -> dict[str, Any]:
 
 
 def measure_by_hand(folder: str, cache: Cache, sae: SAE, limit: float) -> dict[str, float]:
-    """KL, CE, EV and L0 by forward hooks, a context at a time. Rows over the limit keep the model's activations."""
+    """KL, CE, EV and L0 computed with forward hooks, one context at a time. Rows over the limit are not replaced."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     kl, ce, squares, l0, rows = [], [], [], [], []
     contexts = cache.contexts(held_out=True)

@@ -120,12 +120,13 @@ def test_intervals_of_ratios_by_document_cover_the_ratio():
         low, high = PairedDifferences(values, "document").interval
         inside += low < 0.3 < high
         normal = ratio_interval((part, whole))
-        assert (high - low) / (normal[1] - normal[0]) == pytest.approx(2.0227 / 1.96, rel=1e-4)  # Student's t, 39
+        # 2.0227 is Student's t for 39 degrees of freedom
+        assert (high - low) / (normal[1] - normal[0]) == pytest.approx(2.0227 / 1.96, rel=1e-4)
     assert inside / 400 == pytest.approx(0.95, abs=0.025)
 
 
 def test_every_metric_of_a_table_says_how_it_is_paired():
-    """`values_by_unit` reads the entries of `details`; what has no unit is tested over seeds only."""
+    """`values_by_unit` reads the entries of `details`. Metrics without a unit are tested over seeds only."""
     paired = {name for name, metric in METRICS.items() if metric.unit}
     assert {"core", "absorption", "sparse_probing", "sparse_probing_stdlib", "scr", "tpp"} <= paired
     assert not {"unlearning", "autointerp"} & paired

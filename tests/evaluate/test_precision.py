@@ -24,7 +24,7 @@ from sae.train.sae import SAE, load_sae, save_sae
 
 @pytest.fixture(autouse=True)
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor with bfloat16."""
+    """Pretend that the CPU supports bfloat16."""
     monkeypatch.setattr(precision, "cpu_flags", lambda: {"avx512_bf16"})
 
 

@@ -95,7 +95,7 @@ def test_the_file_is_saebench_s(tiny_cache, home):
     assert {"mode": "0.6.0", "batch_contexts": 16, "llm_dtype": "float32"}.items() <= found["eval_config"].items()
     assert found["eval_result_metrics"] == row.results["core"].metrics
     dead = found["eval_result_details"][0]
-    assert (dead["feature_density"], dead["consistent_activation_heuristic"]) == (0, -1)  # 0/0 is -1 in a file
+    assert (dead["feature_density"], dead["consistent_activation_heuristic"]) == (0, -1)  # files store 0/0 as -1
     assert "NaN" not in (run / "evaluations" / "core.json").read_text()
     assert row.flat()["core.sparsity.l0"] == found["eval_result_metrics"]["sparsity"]["l0"]
 
@@ -153,7 +153,7 @@ def test_a_new_run_beside_a_measured_one_leaves_it_alone(tiny_cache, home):
     column = {head.split("\n")[0]: number for number, head in enumerate(heads)}
     assert lines[0][column["alive ↑"]] and "±" in lines[0][column["KL score ↑"]]
     assert "0..1" in heads[column["KL score ↑"]]
-    assert lines[3][column["cosine ↑"]] == ""  # zero has no direction
+    assert lines[3][column["cosine ↑"]] == ""  # a zero vector has no cosine
     assert [row.results for row in evaluate(ask(old, new, references=True))] == [row.results for row in rows]
 
 
@@ -200,7 +200,8 @@ def test_runs_that_differ_in_their_seed_get_a_line_together(tiny_cache, home):
     assert [line[0] for line in lines[7:]] == [*means, "y-L0 - x-L0, paired", "smallest detectable", "verdict"]
     assert lines[7][1] == shown(statistics.mean(l0[:2]), statistics.stdev(l0[:2]))
     assert lines[8][1] == shown(statistics.mean(l0[3:6]), statistics.stdev(l0[3:6]))
-    assert lines[9][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)  # t of one degree
+    # 12.706 is Student's t for one degree of freedom
+    assert lines[9][1] == shown(statistics.mean(more), 12.706 * statistics.stdev(more) / 2**0.5)
     assert lines[10][1] == lines[11][1] == ""  # L0 is a setting and is not tested
     place = next(n for n, head in enumerate(heads) if head.startswith("KL score"))
     scores = [row.results["core"].metrics["model_behavior_preservation"]["kl_div_score"] for row in rows]
@@ -236,7 +237,7 @@ def test_a_cache_that_moved_is_found_by_its_fingerprint(tiny_cache, home):
 
 
 def test_another_harvest_at_the_recorded_place_is_refused(tiny_cache, home):
-    """Its held-out text may have been trained on."""
+    """The SAE may have been trained on the held-out text of that harvest."""
     run = make_run(home / "run", tiny_cache, fingerprint="0" * 64)
     with pytest.raises(UsageError, match="was not found"):
         evaluate(ask(run))
@@ -411,7 +412,7 @@ def test_what_dead_processes_left_half_written_is_removed(tiny_cache, home):
 
 
 def test_a_number_of_minus_one_is_not_one_that_does_not_exist(tmp_path):
-    """SAEBench's files say -1 for both; ours say beside it which is which."""
+    """SAEBench writes -1 for both; our files also record which numbers are absent."""
     result = MetricResult.of(
         {"a": {"score": -1.0, "none": math.nan, "zero": 0.0}}, [{"x": -1.0, "y": math.inf, "z": [None, -1.0]}]
     )
@@ -541,7 +542,7 @@ def test_an_unfinished_run_among_others_is_left_out(tiny_cache, home):
 
 
 def test_the_next_command_measures_more_of_the_same_runs_in_the_same_way(home):
-    """The command has the next suite and every flag that affects the results; flags with default values are left out."""
+    """The command has the next suite and all flags that affect the results, but no flags with default values."""
     runs = [home / "a run", home / "b"]
 
     def following(**changes) -> list[str]:

@@ -29,7 +29,7 @@ from sae.train.sae import load_sae
 
 from ..tokenizer_shapes import make_tokenizer, save_model
 
-ROWS = [[2, 10, 11, 12], [2, 20, 2, 30], [2]]  # the second is packed
+ROWS = [[2, 10, 11, 12], [2, 20, 2, 30], [2]]  # the second row holds two documents
 
 
 def contexts_of(rows: list[list[int]], marks: list[list[int]] | None = None) -> Contexts:
@@ -95,7 +95,7 @@ def test_what_files_say(origin: dict[str, Any], request_: str, first: str | None
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A cache whose contexts begin with <|endoftext|>, though the tokenizer's BOS is <|im_start|>, and a run on it."""
+    """A cache, and a run on it. Contexts begin with <|endoftext|>, although the tokenizer's BOS is <|im_start|>."""
     home = tmp_path_factory.mktemp("home")
     model = save_model(home / "model", make_tokenizer("smollm2"))
     words = "the quick brown fox jumps over a lazy dog while seven zebras read".split()

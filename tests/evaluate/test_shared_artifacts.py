@@ -95,7 +95,7 @@ def test_several_artifacts_of_one_pass_are_claimed_together_in_any_order(tmp_pat
                 missing = [key for key in keys if not cache.contains("rows", key)]
                 captured.extend(key["hook"] for key in missing)
                 for key in keys:
-                    cache.get_or_compute("rows", key, lambda: {"x": torch.ones(1)})  # holds the lock already
+                    cache.get_or_compute("rows", key, lambda: {"x": torch.ones(1)})  # the lock is already held
 
     caches = [ArtifactCache(tmp_path, shared=True) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:

@@ -1,4 +1,4 @@
-"""The rules of docs/reference/statistics.md, against numbers worked by hand and simulations with a fixed seed."""
+"""The rules of docs/reference/statistics.md, checked by hand-worked numbers and simulations with a fixed seed."""
 
 import math
 
@@ -22,7 +22,7 @@ from sae.evaluate.statistics import (
     proportion_interval,
 )
 
-row = PairedComparison  # of a table
+row = PairedComparison  # a row of a table
 ONE_TWO_THREE = PairedDifferences((1.0, 2.0, 3.0), "seed")  # mean 2, sd 1
 
 
@@ -43,7 +43,7 @@ def test_a_paired_t_test_by_hand():
 def test_two_one_sided_tests_by_hand():
     assert ONE_TWO_THREE.equivalence_p_value(4) == pytest.approx(
         two_degrees(2 * math.sqrt(3))
-    )  # the nearer end decides
+    )  # the nearer end of the margin decides
     assert ONE_TWO_THREE.equivalence_p_value(2) == pytest.approx(0.5)
     mirrored = PairedDifferences((-1.0, -2.0, -3.0), "seed")
     assert mirrored.equivalence_p_value(4) == pytest.approx(ONE_TWO_THREE.equivalence_p_value(4))
@@ -57,7 +57,7 @@ def test_two_one_sided_tests_are_a_90_percent_interval_within_the_margin(margin)
 
 
 def test_holm_by_hand():
-    """0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1, which may not be below the one before it."""
+    """0.005 x 4, 0.01 x 3, 0.03 x 2 and 0.04 x 1; the last is raised to the one before it."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([0.02]) == [0.02] and holm([]) == []
@@ -111,7 +111,7 @@ def test_the_interval_of_a_ratio_ends_where_a_paired_test_begins_to_find_a_diffe
 
 
 def test_a_ratio_to_what_may_be_0_has_no_interval():
-    """The 95 % interval of the mean of 0.1, 0.2 and 0.4 reaches below 0."""
+    """The 95 % interval of the mean of 0.1, 0.2 and 0.4 contains 0."""
     assert mean_interval((0.1, 0.2, 0.4))[0] < 0 < mean_interval((0.2, 0.3, 0.4))[0]
     assert fieller_interval((1.0, 2.0, 1.5), (0.1, 0.2, 0.4)) is None
     assert fieller_interval((1.0, 2.0, 1.5), (0.2, 0.3, 0.4)) is not None
@@ -119,7 +119,7 @@ def test_a_ratio_to_what_may_be_0_has_no_interval():
 
 def test_a_bootstrap_resamples_each_sample_by_itself():
     assert bootstrap_interval([np.ones(5), np.zeros(9)], 0) == [0.5, 0.5]
-    assert bootstrap_interval([np.array([3.0]), np.array([1.0])], 0) == [2.0, 2.0]  # of one word each
+    assert bootstrap_interval([np.array([3.0]), np.array([1.0])], 0) == [2.0, 2.0]  # samples of one value
     values = [np.arange(70.0), np.arange(40.0) ** 2 / 10]
     low, high = bootstrap_interval(values, 0, replicates=4000)
     middle = (values[0].mean() + values[1].mean()) / 2

@@ -24,7 +24,7 @@ measured: list[list[str]] = []
 
 @dataclass(frozen=True)
 class Beside(Metric):
-    """Counts the seeds beside each SAE."""
+    """A metric that counts the other seeds of each SAE."""
 
     name, type_id, title, columns = "beside", "beside", "", ()
     independent_seeds = False
@@ -71,10 +71,10 @@ def test_a_result_is_of_the_seeds_that_it_was_measured_with(tiny_cache, home):
     assert measured == [["a", "b"]]  # the second call found both results, and references were not measured
     settings = json.loads((a / "evaluations" / "beside.json").read_text())["eval_config"]
     assert len(settings["seeds"]) == 1 and settings["weights"] not in settings["seeds"]
-    assert counted(evaluate(EvaluateConfig([a, b, c], **ASKED))) == {"a": 2, "b": 2, "c": 2}  # a seed more
-    assert counted(evaluate(EvaluateConfig([a, b], **ASKED))) == {"a": 1, "b": 1}  # set aside, and back
+    assert counted(evaluate(EvaluateConfig([a, b, c], **ASKED))) == {"a": 2, "b": 2, "c": 2}  # one more seed
+    assert counted(evaluate(EvaluateConfig([a, b], **ASKED))) == {"a": 1, "b": 1}  # archived and restored
     assert measured == [["a", "b"], ["a", "b", "c"]]
-    make_run(b, tiny_cache, 1, weights=7)  # another b
+    make_run(b, tiny_cache, 1, weights=7)  # b has other weights
     assert counted(evaluate(EvaluateConfig([a, b], **ASKED))) == {"a": 1, "b": 1}
     assert measured[2:] == [["a", "b"]]
 

@@ -79,7 +79,7 @@ def test_counts_means_and_passages_by_hand():
     assert (best.context, best.position, best.value) == (2, 1, 5)
     assert (second.context, second.position, second.value) == (0, 2, 3)
     assert second.start == 0 and second.inside(3).tolist() == [0, 1, 3]
-    assert second.values.sum() == 4  # nothing outside the context
+    assert second.values.sum() == 4  # positions outside the context are 0
 
 
 def test_positions_that_do_not_count_do_not_fire():

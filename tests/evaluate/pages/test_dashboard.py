@@ -168,7 +168,7 @@ def test_hostile_tokens_end_no_script_and_hide_nothing(run, monkeypatch):
     assert "alert" not in html and "\x1b" not in html and "\u202e" not in html
     assert (
         len(re.findall("<script", html)) == len(re.findall("</script>", html)) == 1 + 1 + 3 + 2
-    )  # ours, about, packed
+    )  # the script, `about`, packed data
     assert set(unpacked(html, "words")) == {
         w.replace("\u202e", "⟨202E⟩").replace("\x1b", "⟨001B⟩").replace("\x00", "⟨0000⟩") for w in HOSTILE
     }

@@ -1,6 +1,6 @@
 """The dashboard in a browser: search, sorting, navigation, keys and touch. Any console message fails a test.
 
-Only the search tests run by default, because each page takes more than a second of CPU time.
+Only the search test runs by default, because each page takes more than a second of CPU time.
 """
 
 import json
@@ -48,7 +48,7 @@ def make_page(found, latents: int) -> str:
 def file(tiny_cache, tmp_path_factory) -> Path:
     """The page of an SAE with 400 latents, of which it shows 350. Latent 0 is dead, latent 5 has a label.
 
-    Some tokens contain HTML and control characters.
+    Some tokens contain HTML, a right-to-left override or 300 spaces.
     """
     folder = make_run(tiny_cache, tmp_path_factory.mktemp("runs") / "one", 400)
     found = open_run(folder, 400, "cpu")

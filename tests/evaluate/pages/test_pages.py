@@ -1,4 +1,4 @@
-"""The frame of the pages and the charts in them."""
+"""The common frame of the pages, and their charts."""
 
 import base64
 import hashlib
@@ -161,7 +161,7 @@ def root_of(chart):
 def test_the_band_of_a_line_goes_through_mean_plus_and_minus_sd():
     line = Series("one", [0, 10], [2.0, 4.0], "line", spread=[2.0, 1.0])
     (band,) = [e.get("d") for e in root_of(Chart("t", "x", "y", [line])).iter() if e.get("fill-opacity")]
-    # y spans 0 to 5 and a margin of 0.3, over the 304 pixels from 314 up to 10; x -0.6 to 10.6 over 544 from 64.
+    # y spans 0 to 5 with margins of 0.3, on the 304 pixels from 314 up to 10; x spans -0.6 to 10.6, on 544 from 64.
     y = {value: 314 - (value + 0.3) / 5.6 * 304 for value in (4, 5, 3, 0)}
     left, right = 64 + 0.6 / 11.2 * 544, 64 + 10.6 / 11.2 * 544
     expected = [left, y[4], right, y[5], right, y[3], left, y[0]]

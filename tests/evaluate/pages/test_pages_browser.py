@@ -95,7 +95,7 @@ def test_nothing_but_tables_is_wider_than_the_window(tmp_path, opened, width):
 
 
 def test_the_verdicts_of_a_paper_are_seen_without_scrolling_on_a_large_screen(tmp_path, opened):
-    """The longest cells of every column at once: numbers of three seeds, a long verdict, and a note with a path."""
+    """A table with the longest cells in every column: numbers over three seeds, a long verdict, a note with a path."""
     report = build_report(load_paper("003"), [], False)
     row = replace(
         report.rows[2], measured="0.09144 ± 0.0011 and 0.08481 ± 0.0014", seeds=3,

@@ -15,7 +15,7 @@ HOSTILE = "<img src=x>\u202e"
 
 
 def probed(ks=(1, 5), **auc) -> MetricResult:
-    """Data sets by name, each with the AUC of the model and of the SAE at each k."""
+    """A result of probing; `auc` maps a data set to the AUC of the model, then of the SAE at each k."""
     details = [
         {"dataset_name": name, "llm_test_auc": llm} | {f"sae_top_{k}_test_auc": v for k, v in zip(ks, of, strict=True)}
         for name, (llm, *of) in auc.items()

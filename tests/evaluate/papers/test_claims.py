@@ -49,7 +49,7 @@ def test_the_files_are_installed_with_the_package():
 
 
 def test_the_overview_is_of_these_claims():
-    """docs/explanation/claims.md is what benchmarks/claims_table.py prints."""
+    """docs/explanation/claims.md has the output of benchmarks/claims_table.py."""
     root = Path(__file__).parents[3]
     made = runpy.run_path(str(root / "benchmarks" / "claims_table.py"))["overview"]()
     assert (root / "docs" / "explanation" / "claims.md").read_text(encoding="utf-8") == made

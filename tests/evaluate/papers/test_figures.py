@@ -1,4 +1,4 @@
-"""A paper's figures, redrawn from runs."""
+"""The figures of a paper, redrawn from runs."""
 
 import string
 from dataclasses import replace
@@ -17,7 +17,7 @@ from .test_report import PAPER, of, run
 
 
 def runs_of(paper, metrics=None, **scalars):
-    """Three seeds of each recipe of each system; what is measured and logged grows with the seed."""
+    """Three seeds of each recipe of each system; the measured and logged numbers grow with the seed."""
     made = [
         run(one.id, recipe, seed, layer=12, ev=0.7 + seed / 10, metrics=metrics(seed) if metrics else None)
         for one in paper.systems.values()
@@ -119,7 +119,7 @@ def test_a_category_is_the_mean_over_seeds_of_a_system():
 
 
 def test_a_run_that_is_of_two_systems_is_shown_once():
-    """In paper 000, the runs form one system together, and each is also a system; run 9 without inhibition is another."""
+    """In paper 000, all runs form one system and each run is one too; run 9 without inhibition is a further system."""
     paper = load_paper("000")
     made = [
         run("run-09-no-inhibition", "collapse-09 without", seed, layer=12)
@@ -193,7 +193,7 @@ def test_what_is_missing_to_one_is_drawn_of_explained_variance():
 
 
 def test_a_share_is_of_the_loss_on_the_same_line():
-    """Every seed has a penalty of 0.1 and a loss of 0.4. A line without a loss, or with a loss of 0, has no share."""
+    """The penalty is 0.1 of a loss of 0.4 in every seed. A line without a loss, or with a loss of 0, has no share."""
     paper = load_paper("002")
     made = runs_of(paper, competition=0.1, loss=0.4)
     chart = drawn(paper, made, EXTRA_HEADING)["Competition's share of the loss"]

@@ -243,7 +243,7 @@ why = "So."
 
 @pytest.mark.parametrize(("number", "same"), [("9.45", True), ("8.56", True), ("9.5", False), ("8.5", False)])
 def test_numbers_within_the_verdict_s_tolerance_are_no_contradiction(number, same):
-    """5 % of the larger: 0.45 of 9.45, and 0.44 of 9 allow 0.45; 0.5 does not."""
+    """The tolerance is 5 % of the larger number: 9 agrees with 9.45 and 8.56, but not with 9.5 and 8.5."""
     text = GOOD + TWO % (number, number)
     if not same:
         assert parse_paper(text, "x").inconsistent(next(c for c in parse_paper(text, "x").claims if c.id == "more"))

@@ -163,7 +163,7 @@ def test_an_inconsistent_claim_is_so_with_and_without_runs():
         ({"done": 60}, "60 of 100 steps"),
         ({"steps": 0, "done": 0}, "0 of 0 steps"),
         ({"alive": 0.05}, "95% of its latents are dead"),
-        ({"alive": None, "dead": 0.95}, "95% of its latents are dead"),  # as training counts them
+        ({"alive": None, "dead": 0.95}, "95% of its latents are dead"),  # counted in training
         ({"fve": 0.2}, "0.200 of the variance on held-out text, but 0.700"),
         ({"warmup": 1000}, "1,000 warm-up steps"),
     ],
@@ -179,7 +179,7 @@ def test_a_run_that_does_not_pass_a_gate_is_not_measured(broken, said):
 
 
 def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_without_outlier_rows():
-    """The papers count outlier rows, and training does not."""
+    """The papers include outlier rows in their numbers, and training leaves them out."""
     masked = run("full", "hierarchical", ev=0.81, fve=0.7).run.results["core"]
     runs = []
     for seed, ev in enumerate((0.799, 0.8, 0.801)):
@@ -191,7 +191,7 @@ def test_claims_are_compared_with_saebench_s_number_and_gates_with_the_one_witho
     assert [(row.verdict, row.measured) for row in report.rows] == [("reproduced", "0.8 ± 0.001")]
     page = reproduction_page(report, "google/gemma-2-2b")
     assert "SAEBench's numbers over all rows" in page and "up to 7 outlier rows" in page
-    assert build_report(of(claim()), [*runs, run("full", "x")], True).outlier_rows == 7  # at most
+    assert build_report(of(claim()), [*runs, run("full", "x")], True).outlier_rows == 7  # the maximum over runs
     assert "over all rows" not in reproduction_page(build_report(of(claim()), [run("full", "x")], True), "m")
 
 
@@ -367,7 +367,7 @@ def test_without_a_result_the_l0_is_that_of_training():
     row = row_of(BETTER, [*logged(own, 40.0), *logged(other, 30.0)])
     assert row.notes == ["L0 40 against 30"]
     both = [replace(one, log=[line | {"l0": 40.0} for line in one.log]) for one in own]
-    assert row_of(BETTER, [*both, *logged(other, 30.0)]).notes == ["L0 40 against 30"]  # both from training
+    assert row_of(BETTER, [*both, *logged(other, 30.0)]).notes == ["L0 40 against 30"]  # both L0 from training
     assert row_of(BETTER, [*both, *other]).notes == ["L0 90 against 30"]
 
 
@@ -517,7 +517,7 @@ def test_a_comparison_in_words_shows_its_quote_and_its_measured_difference():
     equal = replace(more, says="equal", margin=3.0, unit="%")
     row = row_of(equal, [run("full", "hierarchical", seed, ev=ev) for seed, ev in enumerate((0.9, 0.91, 0.92))] + HIGH)
     assert row.claim.claimed == "equal, within 3 %" and row.verdict == "equivalent within the margin"
-    # 0, 0.999 and 1.996 % of 0.9, 0.901, 0.902: mean 0.998 and sd 0.998, so +- 2.920 x 0.576
+    # differences of 0, 0.999 and 1.996 % of 0.9, 0.901 and 0.902: mean 0.998, sd 0.998, so +- 2.920 x 0.576
     assert row.difference == "+0.998 % (-0.684 to +2.68, 90%)"
 
 
@@ -546,12 +546,12 @@ def test_a_warm_up_that_the_paper_prints_is_a_note_and_no_gate():
         "its peak."
     )
     assert report.below_peak in reproduction_page(report, "m")
-    twice = [*runs, *(replace(run, system="baseline") for run in runs)]  # runs of two systems
+    twice = [*runs, *(replace(run, system="baseline") for run in runs)]  # the runs belong to two systems
     assert build_report(paper, twice, True, "literal").below_peak == report.below_peak
     assert len(build_report(paper, twice, True, "field").excluded) == 3
-    longer = three("full", "hierarchical", 0.8, steps=800, done=800, warmup=1001)  # not what is printed
+    longer = three("full", "hierarchical", 0.8, steps=800, done=800, warmup=1001)  # the paper prints 1,000
     assert len(build_report(paper, longer, True, "literal").excluded) == 3
-    assert len(build_report(paper, runs, True, "field").excluded) == 3  # the reading is ours
+    assert len(build_report(paper, runs, True, "field").excluded) == 3  # "field" is our reading
     assert build_report(paper, three("full", "hierarchical", 0.8), True, "literal").below_peak == ""
     dead = run("full", "hierarchical", 3, steps=800, done=800, warmup=1000, alive=0.0)
     assert build_report(paper, [*runs, dead], True, "literal").below_peak == report.below_peak

@@ -80,7 +80,7 @@ def test_what_differs_from_the_paper_is_named(name, changed, printed, ours):
     one = setting(name, made(**changed))
     assert (one.printed, one.ours, one.differs) == (printed, ours, True)
     same = [other.name for other in compare_settings(PAPER, [made(**changed)]) if other.differs]
-    assert same == [name]  # and nothing else
+    assert same == [name]  # no other setting differs
 
 
 def test_what_the_paper_does_not_print_was_off():
@@ -141,8 +141,8 @@ def test_a_setting_that_no_run_records_is_left_out():
     assert [one.name for one in compare_settings(PAPER, [bare])] == names[:-1]
     for folder in ("x/gemma-2-mini--stdlib", "x/a--b--c--d", "x"):  # `sae harvest` does not create such names
         assert "dataset" not in [one.name for one in compare_settings(PAPER, [made(origin={"cache": folder})])]
-    assert setting("warm-up of the L1 penalty", made(l1=None, l1_warmup=50)).ours == "50 steps"  # the default strength
-    topk = made(l1=0)  # without a penalty there is no warm-up of one
+    assert setting("warm-up of the L1 penalty", made(l1=None, l1_warmup=50)).ours == "50 steps"  # default strength
+    topk = made(l1=0)  # there is no warm-up without a penalty
     assert "warm-up of the L1 penalty" not in [one.name for one in compare_settings(PAPER, [topk])]
     assert compare_settings(PAPER, []) == []
 

@@ -251,13 +251,13 @@ NEARLY = dataclasses.replace(EQUAL, unit="%", margin=2.0)
         (LESS, [0.89, 0.9, 0.91], "direction only", "direction only"),
         (MORE, [0.99, 1.0, 1.02], "not comparable", "not comparable"),
         (MORE, [1.1], "not comparable", "not comparable"),
-        # of 90 %: mean +- 2.920 sd/sqrt(3). 0.08 +- 0.01686 is within 0.1, and of 95 %, 0.02484, it is not
+        # the 90 % interval is mean +- 2.920 sd/sqrt(3): 0.08 +- 0.01686 is within 0.1; 0.08 +- 0.02484 (95 %) is not
         (EQUAL, [1.07, 1.08, 1.09], "equivalent within the margin", "equivalent within the margin"),
         (EQUAL, [0.91, 0.92, 0.93], "equivalent within the margin", "equivalent within the margin"),
         # 0.085 +- 0.01686 extends beyond the margin
         (EQUAL, [1.075, 1.085, 1.095], "not comparable", "not comparable"),
         (EQUAL, [0.905, 0.915, 0.925], "not comparable", "not comparable"),
-        # 0.12 +- 0.01686 lies outside the margin, and its 95 % interval does not
+        # 0.12 +- 0.01686 lies outside the margin, but the 95 % interval does not
         (EQUAL, [1.11, 1.12, 1.13], "contradicted", "not equivalent"),
         (EQUAL, [0.87, 0.88, 0.89], "contradicted", "not equivalent"),
         (EQUAL, [1.0], "not comparable", "not comparable"),
@@ -441,7 +441,7 @@ def test_a_metric_is_read_where_it_stands():
     assert read("training.tau") == 1.0  # from the last line that has tau
     assert read("core.details.rate", entries=("o",)) == 0.4
     assert read("core.details.rate", entries=("k", "o")) == pytest.approx(0.3)
-    assert read("core.details.rate") == pytest.approx(0.3)  # z has none
+    assert read("core.details.rate") == pytest.approx(0.3)  # z has no rate
     assert read("core.details.rate", over="max") == 0.4
 
 
@@ -459,7 +459,7 @@ def test_what_does_not_exist_is_none():
 @pytest.mark.parametrize(
     ("quote", "value", "other", "unit", "direction"),
     [
-        ("0.059 and 0.058", 0.058, 0.059, "", 0),  # 0.0585 is either
+        ("0.059 and 0.058", 0.058, 0.059, "", 0),  # 0.0585 rounds to either
         ("0.059 and 0.057", 0.057, 0.059, "", -1),
         ("4,675 and 4,668", 4668.0, 4675.0, "", -1),
         ("90.2% and 90.1%", 90.2, 90.1, "%", 0),
