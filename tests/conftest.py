@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 NUMBERS = itertools.count()
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
+# The examples are the same in every run, and no test fails because it is slow.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # a worker has it; see pytest_configure
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # workers have the variable; see pytest_configure
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One thread for each of several workers, and for the programs that they start.
 
-    They inherit it before numpy is imported; the threads of two programs on two cores wait for each other.
+    Workers inherit the variable before numpy is imported. Threads of two programs on two cores would block each other.
     """
     if config.getoption("numprocesses", default=None):
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,8 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Python looks for garbage among all imported packages and tests, again and again: a third of the time that
-    collecting the tests takes, and some of that of the tests. What is there after collecting them stays.
+    """Disable garbage collection while tests are collected, and exempt from it all objects that exist afterwards.
+
+    Otherwise Python scans all imported packages and tests again and again, which takes a third of the time of
+    collecting the tests, and some of the time of running them.
     """
     gc.disable()
     try:
@@ -50,7 +53,7 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.fixture
 def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As pytest's own, which looks through all folders for the next number, and there are thousands."""
+    """Like pytest's fixture, but faster: pytest looks through thousands of folders to find the next free number."""
     name = re.sub(r"\W", "_", request.node.name)[:30]
     return tmp_path_factory.mktemp(f"{name}-{next(NUMBERS)}", numbered=False)
 

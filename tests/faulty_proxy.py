@@ -43,9 +43,9 @@ Schedule = Callable[[Request], str | None]
 
 
 def seeded(seed: int, rate: float, faults: Sequence[str]) -> Schedule:
-    """A schedule in which each request fails with a probability, in one of these ways that fits it.
+    """A schedule in which each request fails with probability `rate`, by one of these faults that can happen to it.
 
-    The draws depend on the seed and the number of the request alone.
+    The draws depend only on the seed and the number of the request.
     """
 
     def fault(request: Request) -> str | None:
@@ -57,7 +57,7 @@ def seeded(seed: int, rate: float, faults: Sequence[str]) -> Schedule:
 
 
 def fits(fault: str, request: Request) -> bool:
-    """Whether a fault can happen to a request: only a listing is stale, only what is read has a body to cut."""
+    """Whether a fault can happen to a request: only a listing can be stale, and only a read has a body to cut short."""
     if fault == "stale":
         return request.is_listing
     return request.method == "GET" or fault not in ("half", "short")

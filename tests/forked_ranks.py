@@ -9,8 +9,8 @@ With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is abo
 path its name is killed, once. Started by torchrun, this is one of its ranks. Otherwise it is a worker process, which
 calls `launch`, or `start` and later `finish`.
 
-With the word `python` in place of COUNT it is another program, as in `python -m torch.distributed.run ...`; programs in
-Python that it starts are forked as well.
+With the word `python` in place of COUNT it runs another program, as in `python -m torch.distributed.run ...`. Python
+programs that it starts are forked as well.
 """
 
 import gc
@@ -89,7 +89,7 @@ def run_python(words: list[str]) -> NoReturn:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
     except BaseException:
-        traceback.print_exc()  # which the end below would hide
+        traceback.print_exc()  # os._exit below would not print it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

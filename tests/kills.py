@@ -1,4 +1,4 @@
-"""Signals at chosen instants: a process sends itself one when a file gets its name, by which it becomes whole."""
+"""Signals at chosen moments: a process sends itself one when a file gets its final name, which marks it as complete."""
 
 import fnmatch
 import itertools
@@ -15,9 +15,11 @@ import torch
 
 
 def die_at(moment: str, number: int = 0, files: str = "*", by: int = signal.SIGKILL) -> threading.Event:
-    """Let this process send itself a signal when the file with this number, from 0, among those whose path matches
-    `files` gets its name: "before" or "after" that, so many seconds later ("0.01"), or "later", after up to 20 ms. The
-    event says that the file has come.
+    """Let this process send itself a signal when a file gets its name.
+
+    The file is the one with this number, from 0, among those whose path matches `files`. The signal comes "before" or
+    "after" the file gets its name, a number of seconds later ("0.01"), or "later", which is within 20 ms. The returned
+    event is set when the file gets its name.
     """
     met, numbers = threading.Event(), itertools.count()
 
@@ -49,11 +51,11 @@ def run_until_killed(
     by: int = signal.SIGKILL,
     number: int = 0,
 ) -> None:
-    """Call `work` and die; see `die_at`. Without such a file the process ends by itself."""
+    """Call `work` and die; see `die_at`. If no such file is written, the process ends by itself."""
     met = die_at(moment, number, file, by)
     work(**arguments)
     if met.is_set():
-        os.kill(os.getpid(), by)  # it was faster than the timer
+        os.kill(os.getpid(), by)  # `work` ended before the timer fired
 
 
 def finish(work: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -62,7 +64,7 @@ def finish(work: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
 
 
 def kill(work: Callable[..., Any], arguments: Mapping[str, Any], file: str, moment: str, number: int = 0) -> None:
-    """The same until it is killed; see `run_until_killed`."""
+    """Call `work` in a process of its own until that is killed; see `run_until_killed`."""
     killed = exit_code(run_until_killed, work, arguments, file, moment, number=number)
     assert killed == -signal.SIGKILL, f"there was no {file}: exit code {killed}"
 

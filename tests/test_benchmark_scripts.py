@@ -1,5 +1,5 @@
-"""What a benchmark script takes from its neighbors and from the package exists there. Most of these scripts need other
-libraries or hours, so no test runs them."""
+"""Whatever a benchmark script imports from other scripts and from the package exists there. Most of these scripts need
+other libraries, or hours, so no test runs them."""
 
 import ast
 import functools
@@ -33,7 +33,7 @@ def defined(path: Path) -> set[str]:
 
 
 def files_of(module: str, script: Path) -> list[Path]:
-    """The files that `module` can be in this script: of the package, beside the script, or in a folder of scripts."""
+    """The files that `import module` can mean in this script: in the package, beside it, or in a folder of scripts."""
     if module.split(".")[0] == "sae":
         base = ROOT.joinpath(*module.split(".")[1:])
         return [path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()]

@@ -1,4 +1,4 @@
-"""What is imported is declared in pyproject.toml, and what is declared is used, with bounds that hold here."""
+"""Every imported package is declared in pyproject.toml, every declared one is used, and the bounds hold here."""
 
 import ast
 import functools
@@ -47,7 +47,7 @@ OPTIONAL = {package for extra in EXTRAS for package in BY_EXTRA[extra]}
 
 
 class Imports(NamedTuple):
-    """The distributions whose modules a file imports, and those of them that importing the file imports."""
+    """The distributions that a file imports anywhere (`all`), and those that it imports `while_loading`."""
 
     all: set[str]
     while_loading: set[str]
@@ -140,7 +140,7 @@ def test_the_packages_of_two_extras_have_one_bound() -> None:
 
 
 def test_the_pinned_versions_are_within_the_bounds() -> None:
-    """constraints.txt has the versions that the tests pass with, of everything that they need."""
+    """constraints.txt lists, for every package that the tests need, a version with which they pass."""
     pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
     declared = CORE | {package: lowest for extra in BY_EXTRA.values() for package, lowest in extra.items()}
     assert CORE.keys() | BY_EXTRA["test"].keys() <= pinned.keys() <= declared.keys()

@@ -74,7 +74,7 @@ def test_every_page_is_found_from_the_readme_and_every_public_name_in_the_refere
 
 
 def test_the_readme_stays_short() -> None:
-    """What is said at length has a page in docs/."""
+    """Longer explanations belong in docs/."""
     assert (ROOT / "README.md").stat().st_size <= 10_000
 
 
@@ -152,7 +152,7 @@ def test_every_configuration_is_accepted(block: Block, home: Path) -> None:
 
 
 def commands_of(block: Block) -> Iterator[list[str]]:
-    """The `sae ...` commands of a shell block, as words; of a list of commands without what is said about them."""
+    """The `sae ...` commands of a shell block, as words. In a list of commands, the descriptions are left out."""
     for line in block.text.replace("\\\n", " ").splitlines():
         if block.language == "":
             line = re.split(r"\s{2,}", line)[0]
@@ -182,7 +182,7 @@ def descend(words: list[str]) -> tuple[Any, list[str]]:
 def test_every_command_is_one_that_the_program_takes(block: Block, words: list[str]) -> None:
     command, rest = descend(words)
     assert not hasattr(command, "commands"), f"{' '.join(words)} names no verb"
-    if block.language:  # to be typed as it is; a list of commands leaves out what they need
+    if block.language:  # a complete command; lists of commands omit required arguments
         command.make_context("sae", list(rest))
 
 

@@ -80,7 +80,7 @@ def test_there_are_scripts_and_a_page_names_each() -> None:
 
 @pytest.mark.slow
 def test_the_array_script_harvests_in_any_order(tiny_model: Path, sentences: Path, tmp_path: Path, launcher) -> None:
-    """Three tasks, the last one first, with `sae` for real. The harvest without a script is forked."""
+    """Three tasks run the real `sae`, the last one first, and write the same files as a harvest in one process."""
     script = next(path for path in SCRIPTS if path.name == "slurm-array.sh")
     (tmp_path / "sae").write_text(
         f'#!/bin/bash\nexec {sys.executable} -P -m sae "$@" --dataset {sentences} --window 256\n'

@@ -1,4 +1,4 @@
-"""The layout of the package: which folder may import which, no import cycles, and no file beyond reading."""
+"""The layout of the package: which folder may import which, no import cycles, and no file too long to read."""
 
 import ast
 import functools

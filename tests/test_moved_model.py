@@ -94,7 +94,7 @@ def test_an_export_is_imported_and_evaluated_and_has_no_path_in_it(
 def test_a_moved_model_is_itself_through_export_import_and_evaluation(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the command line: the model lies elsewhere at each step, and another home is another person's machine."""
+    """On the command line; at each step the model is in another folder. The second home simulates another machine."""
 
     def sae(*words: object) -> str:
         result = CliRunner().invoke(app, [str(word) for word in words])
@@ -131,7 +131,7 @@ def test_a_moved_model_is_itself_through_export_import_and_evaluation(
 def test_a_model_with_shards_below_its_folder_is_pinned_by_them(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache of an earlier version, which counted only files at the top, is still evaluated, and not continued."""
+    """A cache of an earlier version, which pinned only top-level files, can still be evaluated but not continued."""
     folder = shutil.copytree(tiny_model, home / "mine")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -429,7 +429,7 @@ with gemma_2_2b.config_alone():
 
 @pytest.mark.slow
 def test_all_papers_are_planned_on_gemma_2_2b_from_its_config_alone(tmp_path: Path) -> None:
-    """108 runs of 800 steps and 99 of 4,882, in both readings. A time of one second for each step adds up to them."""
+    """Both readings have 108 runs of 800 steps and 99 of 4,882. At one second a step, the estimate is their sum."""
     done = subprocess.run([sys.executable, "-c", PLAN], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     steps = 108 * 800 + 99 * 4882

@@ -73,14 +73,14 @@ def test_the_same_commands_again_do_nothing_again(trained):
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3"])
 def test_another_family_goes_through_all_three_stages(kind, sentences, home):
-    """Qwen's tokenizer has no BOS; so has this one none then."""
+    """Qwen's tokenizer has no BOS, so the tokenizer of that case has none either."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](
         vocab_size=8192, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # the usual start is so small that blocks change next to nothing
+    for parameter in model.parameters():  # the usual initial values are so small that blocks change almost nothing
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)

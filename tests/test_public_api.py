@@ -180,7 +180,7 @@ def test_activations_of_no_texts_or_no_layer_are_refused(
 
 
 def test_a_long_text_is_cut_as_a_harvest_cuts_it(tiny_model: Path, sentences: Path, tiny_cache: Cache) -> None:
-    """Every row of the cache is the row of a token of the same texts, rounded to bfloat16."""
+    """Every row of the cache equals the activation of a token of the same texts, rounded to bfloat16."""
     import json
 
     texts = [json.loads(line)["text"] for line in sentences.read_text().splitlines()]

@@ -229,7 +229,9 @@ def test_stored_rows_are_the_hidden_states_and_a_changed_bit_is_seen(bench, plai
 
 
 def test_masked_rows_keep_the_models_activation_and_are_not_counted(plain):
-    """A limit that only a few rows exceed: their rows are gone, the others' errors stay, and KL is of other splices."""
+    """A few rows exceed the limit. They are left out, the errors of the others are unchanged, and the KL divergence of
+    later positions changes because the masked rows are not spliced.
+    """
     hooks = script("forward_hooks")
     cache, model, saes, whole = plain
     limit = float(np.sort(whole.norm)[-6:-4].mean())
@@ -262,7 +264,7 @@ def made_table(error, norm=None, document=None, first=None):
 
 
 def test_explained_variance_without_a_row_is_that_of_the_other_rows(plain):
-    """Computed anew from the activations that are left, for every tenth row."""
+    """For every tenth row, compared with the value computed from the remaining activations."""
     rows, hooks = script("outlier_rows"), script("forward_hooks")
     cache, model, saes, _ = plain
     x = torch.cat(list(cache.rows("layer_01"))).double()[:200]
@@ -279,7 +281,9 @@ def test_explained_variance_without_a_row_is_that_of_the_other_rows(plain):
 
 
 def test_the_order_of_a_pair_that_one_row_decides():
-    """s1 is worse by .1 on each of 40 rows, but the last row says 5 the other way: near tie, turned by that row."""
+    """s1 is worse by .1 on each of 40 rows. With 5 added to the error of s0 on the last row, the order is a near tie
+    that this row reverses.
+    """
     rows = script("outlier_rows")
     error = np.full((40, 2), 0.5)
     error[:, 1] += 0.1
@@ -295,13 +299,13 @@ def test_the_order_of_a_pair_that_one_row_decides():
 
 
 def test_a_decided_order_that_a_row_turns_is_told():
-    """Three documents that agree that s0 is better, each by rows that cancel but for one: 2 of 3 rows a document."""
+    """In each of three documents s0 is better by 0.1, as the sum of one row of +0.5 and one of -0.4."""
     rows = script("outlier_rows")
     error = np.zeros((6, 2))
-    error[:, 1] = [0.5, -0.4] * 3  # s1 - s0; by document +.1 each, so the interval is zero wide
+    error[:, 1] = [0.5, -0.4] * 3  # s1 - s0; each document adds +.1, so the interval has width zero
     stability = rows.order_stability(made_table(error, document=[0, 0, 1, 1, 2, 2]))
     (pair,) = stability["decided_and_turned_by_one_row"]
-    assert pair["rows_that_turn_it"] == 3  # each of the .5 rows: what is left sums to -.2
+    assert pair["rows_that_turn_it"] == 3  # each of the .5 rows: without it the rest sums to -.2
 
 
 def test_share_of_latents_whose_first_example_is_an_outlier():

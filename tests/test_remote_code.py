@@ -31,7 +31,7 @@ LOADERS = {
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    """Puts own.py into a folder, which writes `ran` when it is imported. "y" is on stdin, as often as anybody asks."""
+    """Put own.py into a folder; importing it writes the file `ran`. Stdin answers every question with "y"."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     code = f"""open({str(tmp_path / "ran")!r}, "w").write("ran")
@@ -159,7 +159,7 @@ def test_the_loading_script_of_a_dataset_is_not_run(
     (hostile(folder) / "own.py").rename(folder / "words.py")
     (folder / "data.jsonl").write_text('{"text": "some words"}\n')
     (folder / "dataset_infos.json").write_text("{}")
-    if as_hub:  # a repository is a folder to the library datasets
+    if as_hub:  # the library `datasets` loads a folder in place of the repository
         load = datasets.load_dataset
         monkeypatch.setattr(
             huggingface_hub.HfApi, "dataset_info", lambda *_, **__: type("Info", (), {"sha": "0" * 40})()
@@ -261,4 +261,4 @@ def test_transformers_cannot_ask_while_something_is_loaded(monkeypatch: pytest.M
     with never_asking(), pytest.raises(ValueError, match="custom code"):
         resolve_trust_remote_code(None, "model", False, True)
     assert not asked
-    assert resolve_trust_remote_code(None, "model", False, True) and asked  # as it is without the guard
+    assert resolve_trust_remote_code(None, "model", False, True) and asked  # without the guard it asks

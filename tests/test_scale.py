@@ -1,4 +1,4 @@
-"""benchmarks/scale.py: the simulations keep their laws and agree with what has a formula."""
+"""benchmarks/scale.py: the simulations keep their invariants and agree with closed forms where these exist."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ SMALL = Harvest(tokens=48 * 100_000, nodes=2, gpus=3, window=100_000, constants=
 
 
 @pytest.mark.parametrize("way", [RANKS, SHARES])
-@pytest.mark.parametrize("writer", [FREE, 3e8])  # the model is slower, or the writer
+@pytest.mark.parametrize("writer", [FREE, 3e8])  # the model is slower, then the writer
 def test_without_failures_and_waits_a_harvest_takes_what_the_formula_says(way: str, writer: float) -> None:
     harvest = replace(SMALL, way=way, constants=replace(UNLIMITED, writer=writer))
     assert HarvestRun(harvest).run().windows_seconds == pytest.approx(undisturbed_seconds(harvest), rel=1e-9)

@@ -47,7 +47,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentencepiece_bpe() -> Tokenizer:
-    """Like Gemma's and Llama 2's: spaces are replaced, nothing is split first, characters beyond are bytes."""
+    """Like Gemma's and Llama 2's: spaces are replaced, text is not pre-split, and unknown characters become bytes."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
     texts = [text.replace(" ", " ▁") for text in TEXT[:2]]  # without newlines, which are pieces of their own
@@ -125,7 +125,7 @@ SHAPES: dict[str, tuple[Any, list[str], bool, dict[str, Any]]] = {
 
 
 def make_tokenizer(shape: str) -> Any:
-    """A tokenizer of transformers with the shape of a well-known one."""
+    """A transformers tokenizer that is built like a well-known one."""
     from transformers import PreTrainedTokenizerFast
 
     make, special, adds_bos, names = SHAPES[shape]

@@ -1,4 +1,4 @@
-"""Calls functions in another Python process, which has what no process of the tests itself can have."""
+"""Calls functions in another Python process, for tests that need a process with another environment or state."""
 
 import contextlib
 import importlib
@@ -22,7 +22,7 @@ class WorkerProcess:
     Args:
         command: arguments of Python; it has to call `serve`.
         log: a file for what it prints.
-        environment: variables that it has besides those of this process.
+        environment: variables added to those of this process.
     """
 
     name = "the worker"  # for errors

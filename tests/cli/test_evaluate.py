@@ -25,8 +25,9 @@ FLAGS = {
     "precision": ("tf32", "precision", "tf32"),
     "device": ("cpu", "device", "cpu"),
 }
-# --no-references is the other name of --references; --layer is of what is imported first (workflows/published.py), and
-# --controls of what is trained first (workflows/controls.py)
+# The flags that FLAGS lacks. --references is the opposite of --no-references. --layer is for a published SAE, which is
+# imported first (workflows/published.py), and --controls for control SAEs, which are trained first
+# (workflows/controls.py).
 OUTPUT = ("references", "json", "dry-run", "layer", "controls")
 
 

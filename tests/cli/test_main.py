@@ -462,7 +462,7 @@ def test_an_unknown_attention_is_rejected(tiny_model, sentences, home):
     ],
 )
 def test_a_closed_pipe_is_silent(command):
-    """As for any program that SIGPIPE ends: nothing on stderr, and the exit code 141 that a shell would report."""
+    """As for a program that SIGPIPE ends, stderr is empty and the exit code is 141, which a shell would report."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sae", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -574,7 +574,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Restores how SIGINT is handled, which the program ignores once it has answered one."""
+    """Restore the handler of SIGINT: the program ignores the signal after the first one."""
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)

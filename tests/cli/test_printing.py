@@ -1,4 +1,4 @@
-"""Names that others chose, on the terminal: they are shown, and neither obeyed nor read as markup."""
+"""Untrusted names are shown on the terminal: control codes and markup in them have no effect."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ SHOWN = r"[red]x[/]\x1b[2J\x1b]0;title\x07\r\xff[/nothing]"
 
 
 def test_every_line_of_a_command_is_printed_by_one_of_three_modules():
-    """Elsewhere nothing writes to the terminal, so that no name can reach it as it is."""
+    """No other module writes to the terminal, so no name can reach the terminal unescaped."""
     printers = ("cli/printing.py", "cli/console.py", "evaluate/pages/terminal.py")
     by_hand = ("harvest/mini/pretrain.py", "harvest/mini/quality.py", "__main__.py")  # scripts, and one fixed sentence
     folders = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")

@@ -33,7 +33,7 @@ def harvest(tiny_model: Path, sentences: Path) -> list[object]:
 
 
 def assert_nowhere(secrets: tuple[str, ...], folder: Path, *texts: str) -> None:
-    """No secret is in a file under the folder, in the name of one, or in a text."""
+    """Assert that no secret occurs in a file under the folder, in the name of a file, or in a text."""
     for path in folder.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert not any(secret.encode() in content or secret in str(path) for secret in secrets), path

@@ -1,4 +1,4 @@
-"""The smallest bound that serves is one that serves, and nothing noticeably smaller does."""
+"""`smallest_bound` returns a bound that satisfies the condition, and no noticeably smaller bound does."""
 
 import math
 

@@ -39,7 +39,7 @@ def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(UnavailableError, match="device cuda:4 is not available: torch sees 4 GPUs"):
         resolve_device("auto")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a scheduler shows each process its own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the scheduler lets each process see only its own GPU
     assert resolve_device("auto") == "cuda"
 
 

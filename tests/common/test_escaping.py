@@ -1,4 +1,4 @@
-"""Text that others chose does nothing where it is shown, and can still be read."""
+"""Untrusted text has no effect where it is shown, and stays readable."""
 
 import csv
 import io

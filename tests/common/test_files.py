@@ -42,7 +42,7 @@ def test_two_writers_of_one_file_do_not_take_each_other_s_temporary_file(
 def test_a_file_whose_temporary_file_was_removed_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that takes the lock removes the temporary files of those whom it takes for dead."""
+    """A worker that acquires the lock removes the temporary files of workers that it assumes to be dead."""
     flush = os.fsync
 
     def removed(descriptor: int) -> None:

@@ -18,7 +18,7 @@ from sae.common.heartbeat import Heartbeat, has_ended
 
 
 class Store(HashStore):
-    """Torch's store in memory; its clone is itself."""
+    """An in-memory store of torch whose clone is the store itself."""
 
     def clone(self) -> "Store":
         return self
@@ -85,7 +85,7 @@ def test_the_system_says_at_once_that_a_process_of_this_machine_has_ended(store:
 
 def test_a_process_that_nobody_has_waited_for_has_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # the child is now a zombie
     assert has_ended(child.pid) and not has_ended(os.getpid())
     child.wait()
     assert has_ended(child.pid)

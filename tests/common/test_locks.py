@@ -72,7 +72,7 @@ def test_shares_hold_the_folder_together_and_keep_others_out(tmp_path: Path) -> 
                     pass
             stale = tmp_path / "c.0.0.tmp-12345"
             stale.write_bytes(b"half")
-        assert stale.exists()  # of the other share, for all that this one knows
+        assert stale.exists()  # it could belong to the other share
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     with writer_lock(tmp_path, "sae harvest"):
         with (
@@ -83,7 +83,7 @@ def test_shares_hold_the_folder_together_and_keep_others_out(tmp_path: Path) -> 
 
 
 def test_a_share_that_comes_while_the_last_one_tidies_up_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one holds the folder alone for that, which is no reason to refuse another."""
+    """The last share locks the folder exclusively to tidy up. A new share waits for it and is not refused."""
     held, tidied, remove = threading.Event(), [], locks.remove_stale_files
 
     def second() -> None:

@@ -34,7 +34,7 @@ def test_without_limits_the_system_decides(machine):
 
 
 def test_the_processes_of_a_launcher_share_what_their_machine_has(machine, monkeypatch):
-    """But not what the variable allows, which is for each."""
+    """They do not share the limit that the environment variable sets: it applies to each process."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert available_memory("cpu") == 1 << 30
     monkeypatch.setenv(memory.LIMIT, "0.5")
@@ -47,7 +47,7 @@ def test_every_group_above_limits_too(machine):
     machine("cgroup/user/job/task/memory.current", "1000\n")
     for name, text in {"max": 3 << 30, "current": 2 << 30, "stat": f"anon 5\ninactive_file {1 << 30}\n"}.items():
         machine(f"cgroup/user/job/memory.{name}", str(text))
-    assert available_memory("cpu") == 2 << 30  # what is free, and files that can be dropped
+    assert available_memory("cpu") == 2 << 30  # the free memory, and the cached files that can be dropped
     for name, text in {"max": 1 << 30, "current": 2 << 30, "stat": "inactive_file 0"}.items():
         machine(f"cgroup/user/memory.{name}", str(text))
     assert available_memory("cpu") == 0  # over its limit, not less than nothing
@@ -55,7 +55,7 @@ def test_every_group_above_limits_too(machine):
 
 @pytest.mark.parametrize("visible", [True, False])
 def test_the_first_version_of_control_groups(machine, visible):
-    """In a container the path is the host's, and only the root is there."""
+    """In a container, the path in /proc/self/cgroup is the host's, and only the root group is visible."""
     machine("proc/self/cgroup", "3:cpu,memory:/docker/abc\n2:cpuset:/x\n0::/\n")
     place = "docker/abc/" if visible else ""
     machine(f"cgroup/memory/{place}memory.limit_in_bytes", str(2 << 30))

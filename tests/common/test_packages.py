@@ -16,7 +16,7 @@ OUTSIDE = 4
 
 
 def install(folder: Path, name: str, version: str) -> None:
-    """What pip leaves of a package, as far as its version is asked for."""
+    """Write the metadata that pip would write for a package, as far as its version needs it."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

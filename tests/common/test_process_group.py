@@ -1,4 +1,4 @@
-"""What several processes of one command agree on. Threads stand for them; tests/train/test_ranks.py has real ones."""
+"""What several processes of one command agree on. Threads simulate them; tests/train/test_ranks.py runs processes."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from sae.common.process_group import ProcessGroup, current_process_group, with_l
 
 
 def in_each(count: int, work: Callable[[ProcessGroup], Any]) -> list[Any]:
-    """What `work` returns or raises in each of so many processes."""
+    """What `work` returns or raises in each of `count` processes."""
     given: list[Any] = [None] * count
     barrier = threading.Barrier(count, timeout=20)
 
@@ -91,7 +91,7 @@ def test_a_process_that_has_to_stop_waits_for_none() -> None:
 
 
 def test_a_command_is_given_with_the_launcher_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torchrun on one machine; what another launcher, or several machines, take is not known."""
+    """Only for torchrun on one machine is the full command known."""
     assert with_launcher("sae evaluate runs/*") == "sae evaluate runs/*"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -1,6 +1,6 @@
 """Files written by an earlier commit still open and evaluate to the same numbers; runs resume to the same SAEs.
 
-A step that rounds otherwise than that commit's leads to another SAE, within the bounds of train/step_version.py.
+A step that rounds differently from that commit's leads to another SAE, within the bounds of train/step_version.py.
 
 fixtures/<commit>/README.md says what was written and how. This test uses only what must stay stable: the command line,
 `sae.load_sae`, `sae.open_cache`, the files on disk and those bounds. It imports nothing else of the package, so it is
@@ -38,10 +38,10 @@ INTERRUPTED = sorted(run for training in TRAININGS.values() for run in training[
 
 # Needed by --resume: each logged metric is the mean since the previous line.
 LOG_FLAGS = ["--log-every", "50", "--checkpoint-every", "95"]
-# On the CPU that made them all evaluated numbers are the same to the bit. Another rounds otherwise: 1e-5 holds with
-# AVX-512 and with AVX2; without either, a gradient's norm and a rank differ by 2e-5.
+# On the CPU that made the fixtures, all evaluated numbers are the same bit for bit. Other CPUs round differently: 1e-5
+# holds with AVX-512 and with AVX2; without either, a gradient's norm and a rank differ by 2e-5.
 CLOSE = 5e-5 if platform.machine() in ("x86_64", "AMD64") else 1e-4
-REHARVESTED = 1e-2  # tolerance where rows are harvested again: bfloat16 has eight bits
+REHARVESTED = 1e-2  # tolerance where rows are harvested again: bfloat16 has eight significant bits
 OTHER_ROWS = RoundingBounds(REHARVESTED, REHARVESTED, 0.1)
 TIMINGS = {"waited_for_data"}
 
@@ -80,7 +80,7 @@ def call(home: Path, *commands: list[str]) -> Ran:
 
 
 def text_of(path: Path, home: Path) -> str:
-    """A text file of the fixtures, as it reads in `home`."""
+    """The content of a text file of the fixtures, with @HOME@ replaced by `home`."""
     return path.read_text().replace(HOME, str(home))
 
 
@@ -186,7 +186,7 @@ def counted_outliers(home: Path, path: str) -> bool:
 
 
 def tokenizer_is_the_same(home: Path) -> bool:
-    """Whether the tokenizer serializes as it did. Another version of `tokenizers` may write it differently."""
+    """Whether the tokenizer serializes to the recorded bytes. Another version of `tokenizers` may write others."""
     from transformers import AutoTokenizer
 
     (cache, *_) = EXPECTED["harvests"]
@@ -197,7 +197,7 @@ def tokenizer_is_the_same(home: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home as a kill left it. Read only."""
+    """The home of a run that was killed. Tests do not write to it."""
     return old_home(tmp_path_factory.mktemp("interrupted"))
 
 
@@ -434,11 +434,12 @@ def test_measuring_again_gives_the_same_numbers(finished: Path, evaluations: Cal
             continue
         old, new = json.loads(before[path]), json.loads(after[path])
         flags = [result["eval_result_unstructured"].pop("flags") for result in (old, new)]
-        assert len(flags[0]) <= len(flags[1]), path  # their wording may change, and there are new ones
-        new["eval_result_unstructured"].pop("notes", None)  # on SAEBench's names; read from the numbers of old files
+        assert len(flags[0]) <= len(flags[1]), path  # their wording may change, and later versions add some
+        # The notes on SAEBench's names; old files have none, so they are derived from the numbers.
+        new["eval_result_unstructured"].pop("notes", None)
         if path.endswith("/core.json"):  # earlier versions did not keep the values by document
             assert old["eval_result_unstructured"].pop("extra") is None and new["eval_result_unstructured"].pop("extra")
-        if path.endswith("/absorption.json"):  # earlier versions drew other resamples
+        if path.endswith("/absorption.json"):  # earlier versions drew other bootstrap samples
             ends = [bootstrap_ends(result) for result in (old, new)]
             assert ends[0].keys() == ends[1].keys() and all(abs(ends[0][k] - ends[1][k]) < 0.05 for k in ends[0]), path
         assert list(differences(old, new, {"eval_id", "datetime_epoch_millis", "sae_bench_commit_hash"}, path)) == []

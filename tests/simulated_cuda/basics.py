@@ -22,7 +22,7 @@ def pinned(*shape: int) -> Tensor:
     return torch.zeros(*shape, pin_memory=True)
 
 
-# What the host waits for: in CUDA's words, what synchronizes.
+# Operations that synchronize: the host waits for the GPU.
 WAITING: dict[str, Callable[[], Any]] = {
     "item": lambda: x()[0, 0].item(),
     "float": lambda: float(x().sum()),
@@ -111,7 +111,7 @@ def gradients(device: str) -> list[list[float]]:
 
 
 def gradients_of_both() -> tuple[Any, Any, str]:
-    """On the CPU and on the simulated GPU, and what autocast makes of a product there."""
+    """Gradients on the CPU and on the simulated GPU, and the dtype that autocast gives a product on the latter."""
     cpu = gradients("cpu")
     with simulated_gpu():
         with torch.autocast("cuda", torch.bfloat16):

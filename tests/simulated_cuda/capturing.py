@@ -50,10 +50,12 @@ def compare(
     fault: str = "",
     kernels: bool = False,
 ) -> dict[str, Any]:
-    """Steps of some recipes in one pass, with what acts between steps, changing lists of dead latents, and logs.
+    """Compare captured steps with eager steps of some recipes that share a pass.
 
-    With `resumed` new trainers take over the state of the captured pass after some steps. `fault` is a mistake of
-    both. Returns by what the two ended apart, how many graphs were made and how often launched, and what was said.
+    Both passes include mechanisms that act between steps, changing lists of dead latents, and logs. With `resumed`, the
+    captured pass stops after some steps, and new trainers resume from its state. `fault` is a mistake that both passes
+    make. Returns the differences between their results (`apart`), the numbers of graphs (`made`) and of launches of
+    graphs (`launched`), and the messages (`said`).
     """
     said: list[str] = []
     captured = [CountedSteps(said.append), CountedSteps(said.append)] if resumed else [CountedSteps(said.append)]
@@ -67,7 +69,7 @@ def compare(
 
 
 def train(walks: Sequence[Walk], passes: Sequence[CapturedSteps | None]) -> dict[str, Any]:
-    """The state and the logged metrics after all steps of one pass, or of two of which the second resumes the first."""
+    """The final state and the logged metrics of one pass, or of two passes, the second of which resumes the first."""
     logged: dict[str, Any] = {}
     stops = [RESUMED, STEPS][-len(passes) :]
     state: list[dict[str, Tensor]] = []
@@ -82,13 +84,13 @@ def train(walks: Sequence[Walk], passes: Sequence[CapturedSteps | None]) -> dict
 
 
 def log(trainers: Sequence[Trainer], logged: dict[str, Any], number: int) -> bool:
-    if number in LOGGED or number == RESUMED - 1:  # a run that resumes begins to add up metrics
+    if number in LOGGED or number == RESUMED - 1:  # a resumed run starts its sums of metrics anew
         logged[str(number)] = {str(n): t.pop_metrics(reset=number > 0) for n, t in enumerate(trainers)}
     return False
 
 
 def launches(recipes: Sequence[str]) -> dict[str, int]:
-    """What the host launches in an eager step of these recipes, and in one that is captured."""
+    """The numbers of launches in an eager step of these recipes, and in a captured one."""
     counted = {}
     with simulated_gpu():
         trainers = [Walk(recipe, (), False, D_SAE, "cuda", Path(), 1).new_trainer() for recipe in recipes]

@@ -1,4 +1,4 @@
-"""What copies beside the steps, under streams that run as late as they can, in random orders."""
+"""Copies that run in parallel with the steps, on streams that run as late as they can, in random orders."""
 
 import contextlib
 import random
@@ -28,7 +28,7 @@ WIDTH, STEPS, SLOTS = 3, 40, 4
 
 
 def wrong_batches(orders: int, without: str = "") -> list[int]:
-    """The random orders in which a step read another batch than its own from `HostToDevice`; `without` one wait."""
+    """The seeds of the random orders in which a step reads a wrong batch from `HostToDevice`, `without` one wait."""
     with simulated_gpu():
         return [seed for seed in range(orders) if not all(send_batches(random.Random(seed), without))]
 
@@ -168,7 +168,7 @@ def send_windows(chance: random.Random, without: str) -> bool:
 
 
 def wrong_checkpoints(orders: int, without: str = "") -> list[int]:
-    """The random orders in which `CheckpointWriter` wrote another state than the one that it was to save."""
+    """The seeds of the random orders in which `CheckpointWriter` writes another state than the one it was given."""
     with simulated_gpu():
         return [seed for seed in range(orders) if not save_states(random.Random(seed), without)]
 

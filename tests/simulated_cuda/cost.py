@@ -48,7 +48,7 @@ class Operation(NamedTuple):
 
 
 class Call(NamedTuple):
-    """An operation as it was called."""
+    """One call of an operation, with its arguments and results."""
 
     name: str
     args: tuple[Any, ...]
@@ -99,7 +99,7 @@ ALLOCATIONS = {
 
 
 def launches_nothing(func: Any) -> bool:
-    """Whether an operation is a view, or allocates memory and leaves it as it is."""
+    """Whether an operation returns a view, or allocates memory without initializing it."""
     views = (returned.alias_info is not None and not returned.alias_info.is_write for returned in func._schema.returns)
     return func.overloadpacket.__name__ in ALLOCATIONS or torch.Tag.inplace_view in func.tags or any(views)
 
@@ -146,12 +146,12 @@ def row_gradients(call: Call) -> Cost:
 
 
 def gather(call: Call) -> Cost:
-    """Reads and writes what is chosen, and reads the indices."""
+    """Reads and writes the chosen elements, and reads the indices."""
     return Cost(1, 0, 2 * call.written + sum(map(size, call.inputs[1:])))
 
 
 def scatter(call: Call) -> Cost:
-    """Reads values and indices and writes as much; not in place, it copies the tensor first."""
+    """Reads values and indices, and writes as many bytes. Unless it works in place, it first copies the tensor."""
     in_place, sorts = call.name.endswith("_"), "put" in call.name and len(call.args) > 3 and bool(call.args[3])
     copied = 0 if in_place else 2 * size(call.inputs[0])
     launches = (3 if sorts else 1) + (0 if in_place else 1)
@@ -177,7 +177,7 @@ def largest(call: Call) -> Cost:
 
 
 def decode_rows(call: Call) -> Cost:
-    """Every token is counted as if it had as many latents as the others; the squared errors are added by torch."""
+    """Assumes that all tokens have equally many latents. Torch sums the squared errors in one more launch."""
     value_N, row_FD, _, _, _, x_BD = call.args
     (tokens, width), per_token = x_BD.shape, len(value_N) / max(len(x_BD), 1)
     launches, moved = kernel_cost.of_decode([per_token] * tokens, width, row_FD.element_size(), row_tile(per_token))

@@ -45,7 +45,7 @@ def count_step(
 ) -> Counted | str:
     """Count a step with forward and backward pass, optimizer, mechanisms and metrics, under autocast.
 
-    Tensors have shapes and no values. `dead` latents are dead; `fault` is a mistake of faults.py. Returns why the
+    Tensors have shapes but no values. `dead` latents are dead; `fault` is a mistake of faults.py. Returns why the
     recipe cannot be built at this size, if it cannot.
     """
     config = RunConfig(d_in, d_sae, STEPS, batch, variance=24.0)
@@ -63,7 +63,7 @@ def count_step(
 
 
 def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> list[Counted]:
-    """The same of the second and the third step of a run, with values."""
+    """Count the second and the third step of a run, on tensors that have values."""
     with simulated_gpu():
         variant = find_recipe(recipe).make(RunConfig(d_in, d_sae, STEPS, batch, variance=24.0), {})
         variant.use_kernels()
@@ -72,7 +72,7 @@ def count_values(recipe: str, d_in: int, d_sae: int, batch: int, dead: int) -> l
 
 
 def count_steps(trainer: Trainer, batch: int, dead: int, steps: int) -> list[Counted]:
-    """Of the steps after the first, which also makes the moments and the sums of metrics. With kernels."""
+    """Count the steps after the first, which also creates the moments and the sums of the metrics."""
     variant, counted = trainer.variant, []
     variant.dead.index_A = torch.zeros(dead, dtype=torch.int64, device="cuda")
     variant.dead.real_A = torch.ones(dead, device="cuda")
@@ -91,7 +91,7 @@ MAKE_OPTIMIZER = loop.make_optimizer
 
 
 def optimizer_without_values(variant: Variant, device: str) -> torch.optim.Optimizer:
-    """The optimizer reads the learning rate when it is made, so there it has one with a value."""
+    """The constructor of the optimizer reads the learning rate, so it gets one with a value, which is then replaced."""
     optimizer: Any = MAKE_OPTIMIZER(variant, "cpu")
     rate = torch.full((), variant.optimization.lr, device=device)
     optimizer.found_inf = torch.zeros((), device=device)
@@ -105,7 +105,7 @@ def with_fault(fault: str | None) -> contextlib.AbstractContextManager[None]:
 
 
 def count_elsewhere(recipe: str, d_in: int, d_sae: int, batch: int) -> Counted | str:
-    """`count_step` as it would be on another machine, with another processor and another GPU."""
+    """`count_step` on a simulated other machine, with another CPU and another GPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 3)
     other = SimpleNamespace(name="another GPU", total_memory=1, major=7, minor=0, multi_processor_count=1)
@@ -164,7 +164,7 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
 
 
 def costs_of_examples() -> dict[str, list[Cost]]:
-    """What each of them costs, with tensors (6, 4) and indices of 2 rows."""
+    """The costs of the examples, for tensors of shape (6, 4) and two row indices."""
     found = {}
     with simulated_gpu(), mock.patch.object(Values, "device", META):
         given = (a(), a(), rows())

@@ -82,7 +82,7 @@ def keeps_the_order(step: Step) -> None:
 
 
 def some_of(step: Step, count: int) -> Tensor:
-    """A place below `count` for each token."""
+    """An index below `count` for each token."""
     return torch.arange(len(step.x_BD), device=step.x_BD.device).flip(0) % count
 
 

@@ -59,7 +59,7 @@ class Memory:
 
 
 def install() -> None:
-    """Give torch.cuda a GPU. For a process of its own: nothing is put back."""
+    """Give torch.cuda a simulated GPU. Nothing is restored afterwards, so call it only in a separate process."""
     cuda: Any = torch.cuda
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True

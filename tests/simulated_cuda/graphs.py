@@ -1,9 +1,10 @@
-"""CUDA graphs: the kernels of a capture with the very memory that they read and wrote, which each launch runs again.
+"""CUDA graphs: each launch runs the captured kernels again, on the same memory that they used during the capture.
 
-What is rebound, made anew outside or computed by the host is stale in a launch, as on a GPU. A capture takes no effect:
-what an operation has written is put back at its end. To read a value, to copy from or to host memory, and to use a
-stream that did not wait for the capture's is refused meanwhile, and in the end a stream for which the capture's does
-not wait. Memory that a graph uses twice is not simulated.
+As on a GPU, a launch sees stale values of tensors that were rebound or created outside the graph, and of numbers that
+the host computed. A capture has no effect: at its end, memory that operations have written gets its old values back.
+During a capture it is an error to read a value, to copy from or to host memory, or to use a stream that did not wait
+for the capture's stream. At its end it is an error if the capture's stream does not wait for another one that was used.
+That a graph may use the same memory twice is not simulated.
 """
 
 import contextlib
@@ -71,7 +72,7 @@ class graph:  # noqa: N801  (in the place of torch.cuda.graph)
         self.stack.callback(streams.captured.clear)
         self.stack.enter_context(streams.use_stream(self.origin))
         self.stack.enter_context(refusing(CAPTURING))
-        # Of whom the optimizer asks whether its step is captured.
+        # The optimizer asks these whether its step is being captured.
         for name, answer in (("current_accelerator", GPU), ("current_stream", self.origin)):
             self.stack.enter_context(mock.patch.object(torch.accelerator, name, lambda *_, answer=answer, **__: answer))
         self.stack.enter_context(self.recorder)
@@ -90,7 +91,7 @@ class graph:  # noqa: N801  (in the place of torch.cuda.graph)
 
 
 class Recorder(TorchDispatchMode):
-    """Queues each kernel, with its memory, on the stream that is current; its results of now are of no use."""
+    """Queues each kernel, with its memory, on the current stream, and discards what it computes meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Recorder(TorchDispatchMode):
         stream = streams.current_stream()
         if stream not in streams.captured:
             raise RuntimeError(f"CUDA error: {CAPTURING}: a stream that did not wait for the capture's has work")
-        if func.overloadpacket.__name__ == "copy_":  # it has queued itself, and what comes next needs its values
+        if func.overloadpacket.__name__ == "copy_":  # it has queued itself, and later operations need its values
             held(args[0]).copy_(held(args[1]))
         else:
             outputs = tensors_of(fixed(result))
@@ -123,7 +124,7 @@ class Recorder(TorchDispatchMode):
 
 
 def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors of an operation that it changes, with their values."""
+    """The tensors that an operation changes, with their values."""
     schema = func._schema.arguments
     given = [*zip(schema, args, strict=False), *[(one, kwargs[one.name]) for one in schema if one.name in kwargs]]
     changed = [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
@@ -131,7 +132,7 @@ def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
 
 
 def fixed(tree: Any) -> Any:
-    """What a kernel takes or makes: memory of the GPU in its shape of now, and what the host gave by value."""
+    """The arguments or results of a kernel: GPU memory with its current shape, and copies of the host's values."""
     return mapped(lambda tensor: tensor.held.detach() if isinstance(tensor, SimulatedTensor) else tensor.clone(), tree)
 
 

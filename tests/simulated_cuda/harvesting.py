@@ -24,10 +24,11 @@ from .ledger import Ledger, watched
 
 
 def harvest(folder: Path, case: str = "", **config: Any) -> dict[str, Any]:
-    """The same rows of `config` on both devices, in cpu/ and cuda/ of `folder`. `case`: see `made_difficult`.
+    """Harvest the same rows on both devices, into cpu/ and cuda/ of `folder`. `case`: see `made_difficult`.
 
-    Returns the chunk files that are not equal byte for byte (`apart`), how many there are, what made the host wait
-    while a window was computed and sent (`waits`), how many copies were queued, and what the plan and the harvest said.
+    Returns the names of the chunk files that differ (`apart`), the number of chunk files (`chunks`), the number of
+    forward passes (`passes`), what made the host wait while a window was computed and sent (`waits`), how many copies
+    were queued (`queued`), and the messages of the plan and of the harvest (`said`).
     """
     passes: list[Ledger] = []
     windows_seen: list[Ledger] = []
@@ -61,8 +62,12 @@ def harvest(folder: Path, case: str = "", **config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def made_difficult(case: str) -> Iterator[None]:
-    """A GPU with too little memory for a window; one whose memory ends while there is a window; Ctrl-C in it, and then
-    its draft is continued; or a system that pins no memory.
+    """Simulate one of these cases:
+
+    - "little memory": the GPU has too little memory for a window
+    - "memory that ends": the GPU runs out of memory during a window
+    - "Ctrl-C": the harvest is interrupted in a window, and later continues the window's draft
+    - "no pinned memory": the system cannot pin memory
     """
     compute, full = WindowComputer._compute_batch, torch.OutOfMemoryError("CUDA out of memory")
     calls = 0

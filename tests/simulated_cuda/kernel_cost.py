@@ -1,7 +1,8 @@
-"""Launches of the kernels of train/kernels, and the bytes that they load and store.
+"""Formulas for the launches of the kernels in train/kernels, and for the bytes that they load and store.
 
-Formulas, since the interpreter takes minutes for the sizes of a real step. tests/train/kernels compares them with what
-the interpreter counts, to the byte.
+Each function returns (launches, bytes). Arguments named `element` or `elements` are sizes in bytes. Triton's
+interpreter would take minutes to count a step of real size; at small sizes tests/train/kernels compares these formulas
+with its counts, to the byte.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ DIGIT = 256 * NUMBER  # of the counts of a digit's values
 
 
 def of_largest(division: Division, rows: int, n: int, k: int, element: int) -> tuple[int, int]:
-    """Of the k largest of each row of n elements of so many bytes."""
+    """Find the k largest of the n elements of each row."""
     if not rows:
         return 0, 0
     way, parts, span = division
@@ -33,7 +34,7 @@ def of_largest(division: Division, rows: int, n: int, k: int, element: int) -> t
 
 
 def of_decode(counts: Sequence[float], width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """Of decoding tokens with so many latents each, from rows of `width` elements of so many bytes."""
+    """Decode tokens with `counts` latents each, from rows of `width` elements."""
     if not counts:
         return 0, 0
     (block, chunk), moved = tile, -INDEX  # the last token reads no next start
@@ -48,14 +49,14 @@ def of_decode(counts: Sequence[float], width: int, element: int, tile: tuple[int
 
 
 def of_sums(counts: Sequence[float], width: int, element: int, chunk: int) -> tuple[int, int]:
-    """Of sums of so many rows each, of `width` elements of so many bytes, in chunks."""
+    """Compute sums of `counts` rows each, of `width` elements, in chunks."""
     chunks, rows = -(-width // chunk), sum(counts)
     per_chunk = 2 * len(counts) * INDEX - INDEX + rows * (INDEX + NUMBER)
     return 1, round(chunks * per_chunk + rows * width * element + len(counts) * width * NUMBER)
 
 
 def of_jump(tokens: int, width: int, elements: int, sums: int, span: int) -> tuple[int, int]:
-    """Of a kernel of JumpReLU that reads or writes so many bytes for each pre-activation, and so many sums."""
+    """A kernel of JumpReLU that reads or writes `elements` bytes for each pre-activation, and `sums` sums."""
     parts = -(-tokens // span)
     return 1, tokens * width * elements + parts * width * (1 + sums) * NUMBER
 
@@ -63,9 +64,9 @@ def of_jump(tokens: int, width: int, elements: int, sums: int, span: int) -> tup
 def of_gate(
     tokens: int, width: int, elements: int, sums: int, scalars: int, span: int, columns: int
 ) -> tuple[int, int]:
-    """Of a kernel of the gated SAE that reads or writes so many bytes for each pre-activation, and so many sums.
+    """A kernel of the gated SAE that reads or writes `elements` bytes for each pre-activation, and `sums` sums.
 
-    Each program reads three parameters of each of its latents, and `scalars` numbers.
+    Each program also reads three parameters of each of its latents, and `scalars` single numbers.
     """
     parts = -(-tokens // span)
     programs = parts * -(-width // columns)
@@ -73,7 +74,7 @@ def of_gate(
 
 
 def of_prefixes(shape: Sequence[int], element: int, span: int, columns: int, gradients: bool) -> tuple[int, int]:
-    """Of comparing parts of this shape (G, B, D), whose elements have so many bytes, with x, or of their gradients."""
+    """Compare partial reconstructions of this shape (G, B, D) with x, or compute their gradients."""
     prefixes, tokens, width = shape
     parts = -(-tokens // span)
     programs, read = parts * -(-width // columns), prod(shape) * element + tokens * width * NUMBER
@@ -82,32 +83,32 @@ def of_prefixes(shape: Sequence[int], element: int, span: int, columns: int, gra
 
 
 def of_pairs(pairs: int, words: int) -> tuple[int, int]:
-    """Of counting the bits of so many pairs of rows of words, which have 8 bytes each, as the results have."""
+    """Count the common bits of pairs of rows of `words` words. A word has 8 bytes, and so has a result."""
     return 1, pairs * (2 * INDEX + 2 * words * 8 + 8)
 
 
 def of_following(latents: int, element: int, parts: int) -> tuple[int, int]:
-    """Of moving a threshold to the smallest of so many latents, whose elements have so many bytes."""
+    """Move a threshold towards the smallest of `latents` latents."""
     return 2, latents * element + 2 * parts * NUMBER + 2 * (NUMBER + INDEX)
 
 
 def of_normalizing(
     tokens: int, width: int, elements: tuple[int, int], subtracts: bool, tile: tuple[int, int]
 ) -> tuple[int, int]:
-    """Of normalizing a batch. `elements` are the bytes of an element of the batch and of the encoder's input."""
+    """Normalize a batch. `elements` are for the batch and for the encoder's input."""
     parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
     first = tokens * width * (sum(elements) + NUMBER) + parts * width * (3 + subtracts) * NUMBER
     return 2, first + 2 * parts * width * NUMBER + (2 * parts + 1) * blocks * NUMBER
 
 
 def of_comparing(tokens: int, width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """Of the error of a reconstruction, from products whose elements have so many bytes."""
+    """Compute the error of a reconstruction. `element` is for the product with the decoder."""
     parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
     return 1, tokens * width * (element + 2 * NUMBER) + parts * (width + blocks) * NUMBER
 
 
 def of_comparing_backward(tokens: int, width: int, element: int, tile: tuple[int, int]) -> tuple[int, int]:
-    """Of its gradient, whose elements have so many bytes."""
+    """Compute the gradient of that error. `element` is for the gradient."""
     parts, blocks = -(-tokens // tile[0]), -(-width // tile[1])
     return 1, tokens * width * (element + NUMBER) + parts * (width + blocks) * NUMBER
 
@@ -115,7 +116,7 @@ def of_comparing_backward(tokens: int, width: int, element: int, tile: tuple[int
 def of_update(
     shapes: Sequence[Sequence[int]], elements: Sequence[int], unit: Sequence[bool], copies: int, averaged: bool
 ) -> tuple[int, int]:
-    """Of the update of weights of these shapes, from gradients whose elements have so many bytes, by one step.
+    """Update weights of these shapes by one step. `elements` are for their gradients.
 
     `unit` says which weights have unit rows; the first `copies` have a copy in bfloat16. `averaged` says whether the
     first moment is read and written.

@@ -35,7 +35,7 @@ class Entry:
         return f"{self.line}: {self.kind}: {self.what}"
 
 
-@dataclass(eq=False)  # two that are open at once can have the same entries
+@dataclass(eq=False)  # nested ledgers can have equal entries, and are told apart by identity
 class Ledger:
     """The entries of one watch."""
 
@@ -61,7 +61,7 @@ _open: list[Ledger] = []
 
 @contextlib.contextmanager
 def watch() -> Iterator[Ledger]:
-    """Write down what happens inside, in this ledger and in those that are open around it."""
+    """Record what happens inside the context, in the new ledger and in all enclosing ones."""
     ledger = Ledger()
     _open.append(ledger)
     try:
@@ -74,7 +74,7 @@ def is_watching() -> bool:
     return bool(_open)
 
 
-_refusing: dict[int, str] = {}  # thread -> why it may neither wait nor copy
+_refusing: dict[int, str] = {}  # thread -> the reason why it may neither wait nor copy
 
 
 @contextlib.contextmanager

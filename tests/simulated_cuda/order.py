@@ -53,9 +53,9 @@ def check_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def check_put(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], indices: list[Tensor]) -> None:
-    """Of a call that puts values at the indices, which replace the dimensions that they are given for."""
+    """Check a call that writes values at indices, given for some or all dimensions of the tensor."""
     spread = torch.broadcast_tensors(*indices)
-    if len(indices) < len(args[1]) or spread[0].dim() != 1:  # with slices, or of several dimensions: by their places
+    if len(indices) < len(args[1]) or spread[0].dim() != 1:  # slices, or indices of several dimensions
         places = torch.stack([index.flatten() for index in spread])
         if places.unique(dim=1).shape[1] < places.shape[1]:
             note(UNORDERED, f"{name} of {shape(args[0])} writes to a place twice")

@@ -21,7 +21,7 @@ from .functions import Memory, simulated_gpu
 
 
 def memory(recipe: str) -> dict[str, tuple[int, ...]]:
-    """What a run takes by its trace on each device, and what its pass takes."""
+    """For each device, the memory that a run needs according to its trace, and the memory of its pass."""
     run = Resized(find_recipe(recipe), {}, None, RunConfig(64, 512, 100, 256))
     with simulated_gpu():
         planned = {device: (*run_memory(run, device), *pass_memory([run], device)) for device in ("cpu", "cuda")}
@@ -29,7 +29,7 @@ def memory(recipe: str) -> dict[str, tuple[int, ...]]:
 
 
 def memory_with_kernels(recipe: str) -> list[RunMemory]:
-    """What a run takes on a GPU without and with kernels."""
+    """The memory that a run needs on a GPU, without and with kernels."""
     run = Resized(find_recipe(recipe), {}, None, RunConfig(64, 512, 100, 256))
     planned = []
     with simulated_gpu():
@@ -42,7 +42,7 @@ def memory_with_kernels(recipe: str) -> list[RunMemory]:
 
 
 def about_steps(cache: Path, out: Path) -> dict[str, list[str]]:
-    """The lines of plans about how steps are launched, by what is special about a plan."""
+    """For each special case, the lines of its plan about how steps are launched."""
 
     def plan(*recipes: str, **more: Any) -> list[str]:
         sizes = {"steps": 4, "batch_size": 64, "width": "4x", "precision": "float32", "device": "cuda"}
@@ -63,7 +63,7 @@ def about_steps(cache: Path, out: Path) -> dict[str, list[str]]:
 
 
 def about_products(cache: Path, out: Path) -> dict[str, list[str]]:
-    """The lines of a plan about sparse and dense products, by what is special about it."""
+    """For each special case, the lines of its plan about sparse and dense products."""
 
     def plan(*recipes: str, **more: Any) -> list[str]:
         sizes = {"steps": 4, "batch_size": 64, "width": "2048", "device": "cuda"}
@@ -80,7 +80,7 @@ def about_products(cache: Path, out: Path) -> dict[str, list[str]]:
 
 
 def about_kernels(cache: Path, out: Path) -> dict[str, list[str]]:
-    """The line of a plan about the kernels, by what is special about it."""
+    """For each special case, the line of its plan about the kernels."""
 
     def plan(recipe: str, device: str = "cuda") -> list[str]:
         reason_against_kernels.cache_clear()

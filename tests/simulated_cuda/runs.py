@@ -89,7 +89,7 @@ def finish(out: Path, device: str, cache: Path, recipes: Sequence[str], capture:
 
 
 def compare(expected: Sequence[Run], found: Sequence[Run]) -> list[str]:
-    """The files of runs that are not equal: of metrics, all but the time that was waited for data."""
+    """The files of the runs that are not equal. Of the metrics, the time spent waiting for data is not compared."""
     apart = []
     for one, other in zip(expected, found, strict=True):
         for name in ("sae.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):

@@ -1,7 +1,7 @@
 """CUDA streams and events as queues of jobs that run as late as they can: when somebody waits for them.
 
 On a GPU a job runs at some time between being queued and being waited for. A missing wait shows only where the job runs
-late, so here it always does. An eager stream is the other extreme, and what the default stream of the simulated GPU is:
+late, so here it always does. An eager stream, such as the default stream of the simulated GPU, does the opposite: its
 operations compute when they are called. `hurries` decides for each job whether it and those before it run at once.
 """
 
@@ -11,7 +11,7 @@ from types import TracebackType
 
 Job = Callable[[], object]
 _lock = threading.RLock()  # a thread of the loader drains a stream while the caller queues on it
-captured: "list[Stream]" = []  # those that belong to the graph that is being captured; see graphs.py
+captured: "list[Stream]" = []  # the streams of the graph that is being captured; see graphs.py
 
 
 class Stream:

@@ -1,8 +1,8 @@
 """Tensors that say they are on cuda:0 and hold real values, and what each operation does with them.
 
-Two rules are CUDA's own: tensors of two devices do not meet, except that an elementwise operation takes a 0-d tensor of
-the CPU; and what needs a value on the host (a number, a size, a branch) waits for the GPU. What waits is written in the
-ledger.
+Two rules are those of CUDA. Tensors on two devices cannot be combined, except that an elementwise operation takes a 0-d
+tensor on the CPU. And whatever needs a value on the host (a number, a size, a branch) waits for the GPU; each such wait
+is recorded in the ledger.
 """
 
 from collections.abc import Callable, Iterable
@@ -129,7 +129,7 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run one operation on whatever devices its arguments are."""
+    """Run one operation, whichever devices its arguments are on."""
     name = func.overloadpacket.__name__
     tensors = tensors_of((args, kwargs))
     ours = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]

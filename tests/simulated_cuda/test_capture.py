@@ -1,4 +1,4 @@
-"""`--capture` on the simulated GPU: graphs of steps end where eager steps do, in every bit; stale ones are found."""
+"""`--capture` on the simulated GPU: captured steps equal eager ones bit for bit, and stale values are detected."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_several_recipes_are_one_graph_and_what_resumes_them_another(gpu: Simula
 
 
 def test_a_captured_step_is_two_launches(gpu: SimulatedGPU) -> None:
-    """The copy of the batch, and the graph of all runs."""
+    """One launch copies the batch, the other is the graph of all runs."""
     assert (
         gpu("capturing.launches", recipes=SEVERAL)["captured"]
         == 2
@@ -52,7 +52,7 @@ def test_so_do_those_that_steer_l0(gpu: SimulatedGPU, recipe: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_so_do_those_with_kernels(gpu: SimulatedGPU, precision: str) -> None:
-    """Also after latents were restarted between steps: a graph reads the copies of the weights in place."""
+    """This also holds after latents are restarted between steps: a graph reads the copies of the weights in place."""
     recipes = ("topk", "batchtopk", "hierarchical-resample", "gated", "matryoshka")
     assert compare(gpu, *recipes, kernels=True, precision=precision, resumed=True)["apart"] == {}
 
@@ -107,7 +107,7 @@ def test_the_same_with_parts_that_options_add(gpu: SimulatedGPU, recipe: str, op
     ],
 )
 def test_what_would_be_stale_is_found(gpu: SimulatedGPU, fault: str, recipe: str, apart: str) -> None:
-    """What is rebound in a step, counted by the host, or made anew between steps."""
+    """A tensor that a step rebinds, a count kept by the host, or a tensor created anew between steps."""
     found = gpu("capturing.compare", recipes=[recipe], fault=fault)
     assert found["said"] == [] and apart in found["apart"]
 

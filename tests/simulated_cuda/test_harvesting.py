@@ -24,12 +24,14 @@ def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
     of_passes, of_windows = found["queued"]
     window, *said = found["said"]
     if case == "little memory":
-        assert found["waits"] == [] and of_passes == of_windows == 4 * 3  # ids and places; the rows of two layers back
+        # Each pass copies token ids and positions to the GPU, and the rows of two layers back.
+        assert found["waits"] == [] and of_passes == of_windows == 4 * 3
         assert window.startswith("window   0.0 MB in host memory: it is larger than 50% of the ")
     else:
         assert window.startswith("window   0.0 MB in the memory of cuda")
     if case == "":
-        # Ids and places of a pass. For each window and layer: its rows, and norms and moments of its one chunk.
+        # A pass copies token ids and positions. A window copies, for each layer, its rows, and norms and moments of its
+        # one chunk.
         assert found["waits"] == [] and found["passes"] == 3 and of_passes == 2 * 3
         assert of_windows == of_passes + 2 * 2 * 3
     if case == "memory that ends":

@@ -11,7 +11,7 @@ from .gpu import SimulatedGPU
 
 @pytest.mark.parametrize("recipe", ["relu", "batchtopk"])
 def test_a_step_is_traced_on_a_gpu(gpu: SimulatedGPU, recipe: str) -> None:
-    """The state is that of a CPU; a step has other temporaries (autocast, dense products); batches are two."""
+    """The state is as on a CPU. A step has other temporaries (autocast, dense products). Memory holds two batches."""
     planned = gpu("planning.memory", recipe=recipe)
     (state, step, host, _, _, _), (gpu_state, gpu_step, gpu_host, _, most, batches) = planned["cpu"], planned["cuda"]
     assert gpu_state == state and gpu_host == host
@@ -29,7 +29,7 @@ def test_the_copies_that_kernels_keep_are_planned(gpu: SimulatedGPU) -> None:
 def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:
-    """With too little memory for the steps of both runs at once they still share a pass, in which they take turns."""
+    """If memory is too small for the steps of both runs at once, they still share a pass and take turns."""
     lines = gpu("planning.about_steps", cache=tiny_cache.folder, out=tmp_path)
     captured = ["steps    in CUDA graphs"]
     assert lines["a GPU"] == lines["just enough memory"] == captured and lines["a CPU"] == []
@@ -56,7 +56,7 @@ def test_a_plan_for_a_gpu_says_which_products_are_sparse_and_why(
 def test_a_plan_for_a_gpu_says_whether_kernels_are_used_and_why_not(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:
-    """What does not work, or computes otherwise than torch, is not used."""
+    """A kernel that fails, or whose results differ from those of torch, is not used."""
     lines = gpu("planning.about_kernels", cache=tiny_cache.folder, out=tmp_path)
     assert lines["a CPU"] == []
     assert lines["with Triton"][0].startswith(

@@ -62,7 +62,7 @@ def of_torch(script: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_step_exceeds_its_budget(gpu: SimulatedGPU, script: dict[str, Any]) -> None:
-    """At the smallest size, where launches are what a step takes: they are the same at each. All recipes: below."""
+    """At the smallest size, where launches dominate; their number is the same at every size. The next test runs all."""
     budgets = of_torch(script)
     costs = [cost_at_smallest_size(script, gpu, recipe) for recipe in SOME]
     assert "\n".join(sentence for cost in costs for sentence in script["over_budget"](cost, budgets)) == ""
@@ -70,7 +70,7 @@ def test_no_step_exceeds_its_budget(gpu: SimulatedGPU, script: dict[str, Any]) -
 
 @pytest.mark.slow
 def test_at_each_size_a_step_takes_its_budget(gpu: SimulatedGPU, script: dict[str, Any]) -> None:
-    """Not less either: what was saved could be lost again unseen."""
+    """Nor does it take less: a saving that the budget does not record could be lost again unnoticed."""
     budgets, counted = of_torch(script), 0
     wrong: list[str] = []
     for recipe in RECIPES:
@@ -92,7 +92,7 @@ def test_every_recipe_has_budgets_and_no_other(script: dict[str, Any]) -> None:
 
 
 def test_one_more_pass_over_the_latents_exceeds_the_budget(gpu: SimulatedGPU, script: dict[str, Any]) -> None:
-    """Of latents in bfloat16: one launch, read and written. The sentence has all that one needs to act."""
+    """One more launch reads and writes the latents in bfloat16. The message says everything needed to act on it."""
     budgets, (d_sae, batch) = of_torch(script), script["SIZES"][0]
     before = cost_at_smallest_size(script, gpu, "relu")
     after = cost_at_smallest_size(script, gpu, "relu", fault="passes_once_more")
@@ -106,7 +106,7 @@ def test_one_more_pass_over_the_latents_exceeds_the_budget(gpu: SimulatedGPU, sc
     )
     assert "To see them by line: python benchmarks/step_budget.py relu --size 2304x2048 --operations 20." in nbytes
     assert nbytes.endswith("python benchmarks/step_budget.py relu --renew, and say why in the commit.")
-    assert script["over_budget"](after, budgets)  # and what stands in the file has no room for it
+    assert script["over_budget"](after, budgets)  # the recorded budgets leave no room for it either
     assert script["under_budget"](before, {"relu": {before.size: after.totals}})[0].endswith(" --renew")
     assert "tests/simulated_cuda/faults.py:" in script["longest"](after, 1000)
 
@@ -225,7 +225,7 @@ def test_products_by_rows_are_counted_where_a_gpu_uses_them(gpu: SimulatedGPU) -
 
 
 def test_the_count_does_not_depend_on_the_machine(gpu: SimulatedGPU) -> None:
-    """Neither on the processor and its threads nor on the memory and the kind of the GPU."""
+    """It depends neither on the CPU and its number of threads nor on the model and memory of the GPU."""
     for recipe in ("topk", "decorrelation"):
         assert gpu("counting.count_elsewhere", recipe=recipe, d_in=D, d_sae=F, batch=B) == count(gpu, recipe)
 

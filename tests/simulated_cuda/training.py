@@ -38,13 +38,18 @@ def walk(
     parts: int = 1,
     kernels: bool = False,
 ) -> dict[str, Any]:
-    """Everything that a run does, from the start to the saved SAE, on both devices.
+    """Do everything that a run does, from its start to the saved SAE, on both devices.
 
-    `sparse` says whether products with few latents are sparse; without `autocast` the arithmetic of the two is the
-    same. Batches are computed in `parts`. With `kernels` both devices use their operators, which compute on a CPU what
-    the kernels would. Returns what made the host wait in a step (`waits`), what can have other bits in a second run of
-    it on a GPU (`unordered`), what the host reads for a log (`reads`), for each number or tensor by which the two ended
-    apart the difference as a share of the CPU's largest (`apart`), and with how many dead latents it worked (`dead`).
+    `sparse` says whether products with few latents are sparse. Without `autocast` both devices use the same arithmetic.
+    Each batch is computed in `parts` parts. With `kernels` both devices use the operators of the kernels, which compute
+    the same results on a CPU.
+
+    Returns:
+        waits: operations that made the host wait in a step
+        unordered: operations that can give other bits in a second run on a GPU
+        reads: what the host reads for a log
+        apart: each number or tensor in which the devices differ -> the difference relative to the CPU's largest element
+        dead: the largest number of dead latents in a step
     """
     with same_arithmetic(sparse), tempfile.TemporaryDirectory() as folder:
         precision = None if autocast else "float32"
@@ -59,7 +64,7 @@ def walk(
 
 @contextlib.contextmanager
 def same_arithmetic(sparse: bool) -> Iterator[None]:
-    """Let the two devices compute alike: what `topk_indices` does only on a CPU, and sparse products on both or none.
+    """Let both devices find the largest latents in the same way, and use sparse products on both or on neither.
 
     Which latents are the largest does not depend on how they are found, but the order in which they are summed does.
     """
@@ -75,7 +80,7 @@ def plain_topk(z_BF: Tensor, k: int) -> Tensor:
 
 
 class Walk:
-    """One trainer on one device, and what it ends with."""
+    """A short run of one recipe on one device, and its results."""
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class Walk:
         kernels: bool = False,
     ) -> None:
         self.recipe, self.options, self.parts, self.precision = recipe, options, parts, precision
-        self.kernels, self.updates = kernels, kernels  # whether they choose latents, and whether they update weights
+        self.kernels, self.updates = kernels, kernels  # whether kernels choose latents, and whether they update weights
         self.config = RunConfig(D_IN, d_sae, 30, BATCH, paper_exact=paper_exact, variance=24.0)
         self.device, self.folder = device, folder
         self.waits: list[str] = []
@@ -100,7 +105,10 @@ class Walk:
         self.trainer: Trainer  # that took the steps
 
     def new_trainer(self) -> Trainer:
-        """Periodic mechanisms act every second step. Latents are dead after a silent batch, and some start silent."""
+        """Make a trainer whose periodic mechanisms act every second step and whose latents die after one silent batch.
+
+        Some latents are silent from the start.
+        """
         torch.manual_seed(0)
         recipe = find_recipe(self.recipe)
         variant = recipe.make(self.config, parse_options(list(self.options), [recipe])[self.recipe])
@@ -149,7 +157,7 @@ class Walk:
 
     @torch.no_grad()
     def finish(self, trainer: Trainer, x_BD: Tensor) -> dict[str, Tensor]:
-        """As at the end of a run: calibrate, fold, export, save; then load and use."""
+        """Do what a run does at its end (calibrate, fold, export, save), then load the SAE and use it."""
         variant = trainer.variant
         step = trainer.forward(x_BD)
         for mechanism in variant.mechanisms:
@@ -165,7 +173,7 @@ class Walk:
 
 
 def batches(count: int, rows: int) -> list[Tensor]:
-    """Rows of a few directions, the same on every call."""
+    """Batches of sums of a few directions. Every call returns the same ones."""
     generator = torch.Generator().manual_seed(1)
     atoms_FD = torch.randn(24, D_IN, generator=generator)
     made = []
@@ -181,7 +189,7 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """By name, the largest difference over the largest expected element, of all that is not equal bit for bit."""
+    """For each name whose values differ in a bit, the largest difference over the largest expected element."""
     apart: dict[str, float] = {}
     for name in expected.keys() | found.keys():
         one, other = expected.get(name), found.get(name)

@@ -1,4 +1,4 @@
-"""The records of a finished run: no changed value is read in silence, and each message's remedy mends the run."""
+"""The records of a finished run: no changed value is read silently, and the remedy in each message repairs the run."""
 
 import json
 import shutil
@@ -137,7 +137,7 @@ def test_every_changed_value_of_a_record_is_noticed(runs: Path, name: str) -> No
 def test_a_record_without_a_digest_is_read_or_refused_with_a_sentence(
     runs: Path, name: str, change: Callable[[Any], Any]
 ) -> None:
-    """As those of earlier versions are: a changed value may be read, but no value ends in another exception."""
+    """Records of earlier versions have no digest. A changed value may be read, but all errors are SaeErrors."""
     kind, file, read = READERS[name]
     folder = run_of(runs, 0) if kind == "trained" else runs / "imported"
     content = read_json(folder / file)
@@ -145,7 +145,7 @@ def test_a_record_without_a_digest_is_read_or_refused_with_a_sentence(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncheckedRecordWarning)
         paths = list(leaves(content))
-        for path in paths[:: 1 + len(paths) // 80]:  # of a result every fifth
+        for path in paths[:: 1 + len(paths) // 80]:  # of a long record, about 80 of its values
             (folder / file).write_text(json.dumps(with_leaf(content, path, change)))
             try:
                 read(folder)
@@ -229,7 +229,7 @@ def test_the_folder_s_name_ends_with_the_digest_of_the_run_s_options(run: Path) 
 
 @pytest.mark.parametrize("key", [key for key in (*IDENTITY, "cache_folders", "resolved") if key not in OPTIONAL])
 def test_a_run_json_without_what_decides_the_run_is_refused(run: Path, key: str) -> None:
-    """Also in a folder whose name says nothing."""
+    """Even in a folder whose name does not contain the run's settings."""
     renamed = run.rename(run.with_name("mine"))
     without_digest(RUN_RECORD, renamed / "run.json", lambda content: content.pop(key))
     with pytest.raises(DamagedError, match=rf"run\.json (has no '{key}'|is not as it was written)"):

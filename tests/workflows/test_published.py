@@ -99,7 +99,7 @@ def test_a_new_commit_is_imported_beside_the_old_one(local_hub, cached_model, ho
     lines: list[str] = []
     assert find_or_import([ADDRESS], config, lines.append).folders == [new]
     assert "Using the SAE that was imported earlier" in lines[0] and "b" * 12 in lines[1]
-    named = f"hf://{REPO}@v1/{FOLDER}"  # nobody knows which commit that is
+    named = f"hf://{REPO}@v1/{FOLDER}"  # offline, the commit of this revision is unknown
     assert isinstance(find_or_import([named], config).refused[named], UnavailableError)
     other = find_or_import(["hf://someone/else"], config)
     assert not other.folders and isinstance(other.refused["hf://someone/else"], UnavailableError)
@@ -172,7 +172,7 @@ def test_a_folder_of_another_library_is_imported_once(cached_model, tiny_cache, 
 
 
 def test_a_cache_of_another_layer_serves_as_text(local_hub, cached_model, tiny_cache, home):
-    """`--cache` names text to evaluate on: activations of the SAE's own hook are verified on only if it has them."""
+    """`--cache` names text to evaluate on. Its activations verify the import only if they are from the SAE's hook."""
     publish(local_hub, cached_model, layer=0)
     lines: list[str] = []
     given = PublishedConfig(model=cached_model, cache=tiny_cache.folder)

@@ -44,7 +44,7 @@ def test_a_paper_has_our_reading_and_one_of_its_own(number) -> None:
 @pytest.mark.slow
 @every_pair
 def test_every_system_builds_trains_resumes_and_loads(number, reading, random_cache, tmp_path) -> None:
-    """Two steps at a tiny size, cut back to the first; the weights of the resumed run are the same bit for bit."""
+    """A tiny run of two steps is cut back to the first step. The resumed run has the same weights, bit for bit."""
     paper = load_paper(number)
     one = next(one for one in paper.readings if one.name == reading)
     checked = SCRIPT["check_reading"](paper, one, random_cache, tmp_path)
@@ -74,7 +74,7 @@ def test_the_check_notices_a_run_that_resumes_to_other_weights(random_cache, tmp
 
 @every_pair
 def test_the_papers_readings_train_under_the_printed_optimizer(number, reading) -> None:
-    """The built variant against [ran], read from the file; what overrides it stands in the file with its reason."""
+    """The settings of the built variant are those of [ran]. Each override is in the paper's file, with its reason."""
     ran = FILES[number]["ran"]
     own = next(one for one in FILES[number]["reading"] if one["name"] == reading)
     systems = {system["id"]: system for system in FILES[number]["system"]}
@@ -98,7 +98,7 @@ def test_the_papers_readings_train_under_the_printed_optimizer(number, reading) 
 
 @every_pair
 def test_run_sizes_are_the_printed_ones_on_every_model_unless_flags_are_given(number, reading) -> None:
-    """003 prints that no step was made; there and in `field` the steps are those of [run] or of the reading."""
+    """Paper 003 reports no training steps. For it, and in `field`, the steps are those of [run] or of the reading."""
     file = FILES[number]
     own = next(one for one in file["reading"] if one["name"] == reading)
     steps = own.get("steps", file["run"]["steps"])

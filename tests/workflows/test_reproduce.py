@@ -128,7 +128,7 @@ def test_a_reproduction_makes_runs_and_a_page_and_is_not_repeated(cache, tiny_mo
 
 
 def test_several_processes_are_dealt_the_runs_of_all_papers_together(cache, tiny_model, tmp_path, monkeypatch):
-    """Each once, also one that two groups of jobs ask for; the other processes print nothing."""
+    """Each run is assigned once, even if two groups of jobs need it. Only the first process prints the plan."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sae.train.shares.step_times", lambda runs, device: [1.0] * len(runs))
     config = ReproduceConfig(
@@ -367,7 +367,7 @@ def test_a_harvest_is_long_enough_for_the_longest_job_and_has_the_layers_of_all(
 def test_each_paper_is_evaluated_with_its_own_runs_and_definitions_and_reported_in_its_reading(
     cache, tiny_model, tmp_path, monkeypatch
 ):
-    """Two papers of one pass: the highest exit code is that of the whole, and a page stands for each."""
+    """Two papers share a pass. The command returns the highest exit code and writes a page for each paper."""
 
     def cut(number):
         paper = load_paper(number)

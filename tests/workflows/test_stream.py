@@ -264,7 +264,7 @@ def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tm
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_one_with_another_limit_has_been_since(asked, tmp_path: Path) -> None:
-    """All windows that it needs are there, but not its limit, for which the first one is harvested again, and goes."""
+    """All windows that the run needs exist, but not its limit. To find it, the first window is harvested again."""
     request, seen = request_of("topk"), set()
 
     def stop(step: int, *_: object) -> None:
