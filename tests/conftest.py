@@ -60,7 +60,7 @@ def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of its own for each test, as SAE_HOME (for activations/ and runs/) and as working directory."""
+    """A separate folder for each test, used as SAE_HOME (for activations/ and runs/) and as working directory."""
     monkeypatch.setenv("SAE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -157,7 +157,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a new bucket, which this test's environment reaches with fake credentials."""
+    """The address of a new bucket. The environment has fake credentials for it."""
     from .object_store import environment, make_bucket
 
     for name, value in environment(s3_endpoint).items():

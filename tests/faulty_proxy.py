@@ -64,7 +64,7 @@ def fits(fault: str, request: Request) -> bool:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """The proxy. `schedule` says which requests fail and how; `requests` and `injected` what happened."""
+    """The proxy. `schedule` decides which requests fail and how; `requests` and `injected` record what happened."""
 
     daemon_threads = True
 

@@ -1,13 +1,13 @@
 """Run the ranks of one command: COUNT sae-arguments..., or a script with `-c CODE arguments...`.
 
-They are processes of their own with a group over gloo, as those of torchrun, but are forked from a process that has
-imported everything: the imports take seconds, and each of torchrun's processes has its own. A rank that dies leaves the
-others running, as under launchers other than torchrun. Prints the exit codes of the ranks last. COUNT 0 is the command
-without a launcher: one process, whose exit code is the result.
+Like the processes of torchrun, the ranks are separate processes that form a group over gloo. But they are forked from a
+process that has already imported everything, because the imports take each process seconds. If a rank dies, the others
+go on, as under launchers other than torchrun. The exit codes of the ranks are printed last. COUNT 0 runs the command
+without a launcher: in one process, whose exit code is the result.
 
-With $KILL_AT="PATTERN:N" and $KILL_MARKS, an empty folder, the rank that is about to give the N-th file of a matching
-path its name is killed, once. Started by torchrun, this is one of its ranks. Otherwise it is a worker process, which
-calls `launch`, or `start` and later `finish`.
+If $KILL_AT is "PATTERN:N" and $KILL_MARKS an empty folder, a rank is killed once: when it is about to rename the N-th
+file whose path matches. Under torchrun, this script is one of its ranks. Otherwise it is a worker process, in which
+tests call `launch`, or `start` and later `finish`.
 
 With the word `python` in place of COUNT it runs another program, as in `python -m torch.distributed.run ...`. Python
 programs that it starts are forked as well.
@@ -107,7 +107,7 @@ SIGNATURE = inspect.signature(START)
 
 
 def start_program(process: subprocess.Popen, *values: Any) -> None:
-    """Start a program for subprocess.Popen. A Python program is forked from this process; others start as usual."""
+    """Start a program for subprocess.Popen. A Python program is forked from this process; any other starts as usual."""
     arguments = SIGNATURE.bind(process, *values).arguments
     words = arguments["args"]
     if isinstance(words, str) or os.fspath(words[0]) != sys.executable:
@@ -121,7 +121,7 @@ def start_program(process: subprocess.Popen, *values: Any) -> None:
         process._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
         return
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as in a new program
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as a new program would have them
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for standard, pipe in enumerate((arguments["p2cread"], arguments["c2pwrite"], arguments["errwrite"])):

@@ -1,9 +1,9 @@
-"""An S3 store on loopback for tests: moto's server, a process of its own.
+"""An S3 store on loopback for tests: moto's server, in a separate process.
 
-Why moto: it speaks S3 over real HTTP, with listings in pages, multipart uploads, errors as XML and conditional writes
-(If-None-Match, which answers 412 as S3 does), it comes from PyPI without a binary of its own, and keeps objects in
-memory, so nothing is left behind. It verifies no signature: that credentials are refused is shown with
-tests/faulty_proxy.py, which answers 403 in its place.
+moto speaks S3 over real HTTP, with paginated listings, multipart uploads, XML errors and conditional writes
+(If-None-Match, answered with 412 as by S3). It is a pure Python package on PyPI, and it keeps objects in memory, so it
+leaves nothing behind. It does not verify signatures; tests of refused credentials use tests/faulty_proxy.py, which
+answers 403 in its place.
 """
 
 import itertools
@@ -22,7 +22,7 @@ NUMBERS = itertools.count()
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """What the environment says about the store: no variable of the user's own is left to reach a real one."""
+    """Environment variables of the store. They replace the user's variables, so no test can reach a real store."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ALLOW_HTTP": "true",
@@ -49,7 +49,7 @@ def running_server() -> Iterator[str]:
                     break
             else:
                 raise RuntimeError(f"moto's server did not start:\n{''.join(said)}")
-            # It writes a line for each request, and would stop when the pipe is full.
+            # The server writes a line for each request, and would block if the pipe were full.
             threading.Thread(target=server.stdout.read, daemon=True).start()
             yield match[1]
         finally:

@@ -143,13 +143,13 @@ def test_a_folder_imports_only_what_it_may():
 
 
 def evaluate_level(module: str) -> int:
-    """The place of a module of evaluate/ in EVALUATE_ORDER; the package itself is the lowest."""
+    """The level of a module of evaluate/ in EVALUATE_ORDER. The package itself has the lowest level, -1."""
     part = module.removeprefix("evaluate").lstrip(".").split(".")[0]
     return next((level for level, parts in enumerate(EVALUATE_ORDER) if part in parts), -1)
 
 
 def is_upward(importer: str, module: str) -> bool:
-    """Whether an import inside evaluate/ goes to a higher part, or to another part of the same level."""
+    """Whether a module of evaluate/ imports from a higher level, or from another part of its own level."""
     low, high = evaluate_level(importer), evaluate_level(module)
     return low < high or (low == high and importer.split(".")[1] != module.split(".")[1])
 
@@ -173,7 +173,7 @@ def test_an_upward_import_inside_evaluate_is_seen():
 
 
 def test_there_are_no_import_cycles():
-    """Counting imports inside functions too: a cycle that is imported late is still a cycle for a reader."""
+    """Imports inside functions count too: such a cycle works, but a reader still has to follow it."""
     modules = {module_of(path): imports_of(path) for path in SOURCES if path.parent != ROOT}
     graph = {name: {m for m in found if m in modules and not is_package(m)} for name, found in modules.items()}
     try:

@@ -43,7 +43,7 @@ def evaluate(run: Path, model: Path | None = None) -> Any:
 
 
 def test_a_model_that_moved_is_found(tiny_model: Path, sentences: Path, home: Path) -> None:
-    """Harvest, training, evaluation, export and import know it by its files; only evaluation has to be told where."""
+    """All commands recognize the model by its files. Only evaluation needs its new folder as an argument."""
     here, there = home / "here", home / "models" / "there"
     shutil.copytree(tiny_model, here)
     cache = harvest_activations(str(here), dataset=sentences, **OPTIONS)
@@ -164,7 +164,7 @@ def test_a_model_with_shards_below_its_folder_is_pinned_by_them(
 def test_a_tokenizer_that_changed_is_refused_at_evaluation(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its digest is recorded in the cache. The same files under other versions of the libraries give a note."""
+    """The cache records a digest of the tokenizer. If only the versions of the libraries differ, a note is printed."""
     cache = harvest_activations(str(tiny_model), dataset=sentences, **OPTIONS)
     (run,) = train_saes(["topk"], cache=cache.folder, layers=[0], steps=4, batch_size=64, width=64, device="cpu")
     before = evaluate(run.folder)
@@ -233,7 +233,7 @@ def test_a_remembered_digest_is_not_trusted_once_a_file_has_changed(
 
 
 def test_the_digest_that_an_older_version_recorded_still_means_the_folder(tiny_model: Path, home: Path) -> None:
-    """It counted every .json, .bin, .model and .safetensors file, whatever wrote it."""
+    """That digest covered every .json, .bin, .model and .safetensors file, whatever had written the file."""
     folder = shutil.copytree(tiny_model, home / "mine")
     (folder / "trainer_state.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old")

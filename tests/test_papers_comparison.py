@@ -1,4 +1,4 @@
-"""benchmarks/papers: the jobs that follow from the design, which records count, what is run next, and the tables."""
+"""benchmarks/papers: which jobs follow from the design, which records count, which job runs next, and the tables."""
 
 import importlib
 import json
@@ -64,7 +64,7 @@ def small_design(scripts, **fixed):
 
 
 def write(scripts, design, folder, jobs, **values):
-    """A made-up record for each job that can be resolved. `values`: measure -> a function of the job."""
+    """Write a made-up record for each job that can be resolved. `values`: measure -> a function of the job."""
     for job in jobs:
         _, valid = scripts.records.survey(design, scripts.jobs.make_jobs(design), folder)
         resolved = scripts.jobs.resolve(design, job, valid)
@@ -120,7 +120,7 @@ def test_every_block_has_five_seeds_in_at_most_an_hour_and_a_half(scripts, desig
 
 
 def test_every_job_builds(scripts, design):
-    """The options of every job are those of its recipe; on SmolLM2 each recipe is built once."""
+    """Every job has options that its recipe accepts. For SmolLM2 each recipe is built once."""
     seen = set()
     for job in scripts.jobs.make_jobs(design):
         small = job.model == "gemma-2-mini"
@@ -339,7 +339,7 @@ def test_a_layer_counts_when_all_its_seeds_are_finished(scripts, tmp_path):
     lines = table(scripts, design, tmp_path)
     cells = lines[2].split(" | ")
     assert cells[5] == "+0.2000" and "better (higher); preliminary, without layer 5" in cells[-1]
-    assert "corrected for 1 " in lines[0]  # the other pair of the design has an idle mechanism
+    assert "corrected for 1 " in lines[0]  # the design's other pair does not count: its mechanism is idle
     write(scripts, design, tmp_path, runs, kl=gain)
     cells = table(scripts, design, tmp_path)[2].split(" | ")
     assert cells[5] == "+0.1500" and "preliminary" not in cells[-1]

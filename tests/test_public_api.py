@@ -68,9 +68,9 @@ for seed in (0, 1):
 
 @pytest.mark.slow
 def test_public_names_work_after_every_other_module_was_imported_in_any_order() -> None:
-    """An imported submodule becomes an attribute of `sae`, and must not stand in the way of a public name.
+    """An imported submodule becomes an attribute of `sae` and must not hide a public name.
 
-    In a process of its own: a second import registers the operators again, which makes the first ones unusable.
+    This runs in a new process: a second import would register the operators again and make the first ones unusable.
     """
     given = json.dumps([MODULES, sorted(PUBLIC)])
     done = subprocess.run([sys.executable, "-c", IN_ANY_ORDER], input=given, capture_output=True, text=True)

@@ -176,7 +176,7 @@ def tiny_llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(tiny_llama, sentences, tmp_path_factory):
-    """A cache of layers 0 and 1, a short run of each recipe at layer 1, and what `core` says of each."""
+    """A cache of layers 0 and 1, a short run of each recipe at layer 1, and the `core` result of each run."""
     import sae
 
     home = tmp_path_factory.mktemp("bench")

@@ -1,4 +1,4 @@
-"""Python that a model, a tokenizer, an adapter or a dataset brings along is never run, whatever is on stdin."""
+"""Python code in a model, a tokenizer, an adapter or a dataset is never run, whatever stdin answers."""
 
 import ast
 import contextlib
@@ -60,7 +60,7 @@ OWN_MODEL = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel", "AutoMo
 def test_the_code_is_run_if_transformers_is_asked_as_usual(
     hostile: Callable[[Path], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Without which the other tests would show nothing."""
+    """If it were not, the other tests would prove nothing."""
     folder = hostile(shutil.copytree(tiny_model, tmp_path / "model"))
     AutoConfig.from_pretrained(edited(folder, model_type="own", auto_map=OWN_MODEL))
     assert (tmp_path / "ran").exists()
@@ -176,13 +176,13 @@ def test_the_loading_script_of_a_dataset_is_not_run(
 
 
 def nodes_of(path: Path) -> list[ast.AST]:
-    """Everything in a file that mentions one of LOADERS."""
+    """All syntax nodes of a file that mentions one of LOADERS; none of any other file."""
     text = path.read_text()
     return list(ast.walk(ast.parse(text))) if any(name in text for name in LOADERS) else []
 
 
 def loading_calls(path: Path) -> list[ast.Call]:
-    """The calls in a file by which a library loads something that can bring Python along."""
+    """The calls in a file by which a library loads something that can contain Python code."""
     found = []
     for node in nodes_of(path):
         name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
@@ -204,7 +204,7 @@ def is_ours(call: ast.Call) -> bool:
 
 
 def is_peft(call: ast.Call) -> bool:
-    """PeftModel has no such argument: it runs no code, and which kinds it is given is checked (harvest/adapters.py)."""
+    """PeftModel has no trust_remote_code: it runs no code, and harvest/adapters.py checks the kind of the adapter."""
     return ast.unparse(call.func) == "peft.PeftModel.from_pretrained"
 
 
@@ -215,7 +215,7 @@ def tracked(*folders: str) -> list[Path]:
 
 
 def test_no_loading_call_forgets_to_refuse_code() -> None:
-    """In the package and its benchmarks. Tests load what they have made, and peers bring classes of their own."""
+    """Checks the package and its benchmarks. Tests load their own files, and peers have their own model classes."""
     own = ROOT / "common" / "remote_code.py"
     assert len([call for call in loading_calls(own) if refuses(call)]) == 3
     forgotten = [

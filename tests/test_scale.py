@@ -90,8 +90,8 @@ def test_transfers_share_a_link() -> None:
     for name, size, start in (("a", 10.0, 0.0), ("b", 30.0, 0.0), ("c", 12.0, 4.0)):
         clock.after(start, link.send, size, lambda name=name: ended.setdefault(name, clock.now))
     clock.run()
-    # 5 a second each until a ends at 2; b alone at 6 until 4, when it has moved 22; then 5 each until b ends at 5.6,
-    # when c has moved 8; then c at 6.
+    # Until 2 s, a and b move 5 a second each, and a ends. Then b is alone and moves 6 a second; at 4 s it has moved 22.
+    # Then b and c move 5 each, and b ends at 5.6 s, when c has moved 8. Then c moves 6 a second.
     assert ended == pytest.approx({"a": 2.0, "b": 5.6, "c": 5.6 + 4 / 6})
     assert link.bytes == 52
 
@@ -146,7 +146,7 @@ def test_one_process_pulls_what_the_schedule_of_the_program_says() -> None:
     steps = np.arange(len(files))
     schedule = ChunkSchedule(np.stack([files, steps, steps], 1), run.sizes)
     expected = schedule.pulled(np.zeros(len(run.sizes), bool), int(sweep.local_cache)).sum()
-    assert 2 * GROUPS < expected < 4 * GROUPS  # some of the second pass is still there
+    assert 2 * GROUPS < expected < 4 * GROUPS  # part of what the second pass needs is still in the local cache
     assert run.run().pulled == expected * sweep.group_bytes
 
 

@@ -21,7 +21,7 @@ class WorkerProcess:
 
     Args:
         command: arguments of Python; it has to call `serve`.
-        log: a file for what it prints.
+        log: a file for the output of the process.
         environment: variables added to those of this process.
     """
 
@@ -58,10 +58,10 @@ class WorkerProcess:
 def serve(package: str) -> None:
     """Answer calls of the functions of a package until the input ends.
 
-    Reads pickles (module of the package, function, arguments), and writes (True, result) or (False, traceback).
+    Reads pickles of (module of the package, function, arguments) and writes (True, result) or (False, traceback).
     """
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what is printed does not get among the answers
+    os.dup2(2, 1)  # printed text does not mix with the answers
     calls = sys.stdin.buffer
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What the tests of commands share: the config that a command makes of all its flags."""
+"""Fixtures for the tests of commands: the config that a command makes from its flags."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,15 +19,16 @@ Flags = Mapping[str, tuple[str | None, str, Any]]
 def planned_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """planned_with(function, command, flags, *words) -> the config and the keywords that `function` is called with.
 
-    The command is given every flag at once and goes no further than that call. The flags have to be all flags of the
-    command, but for those in `without`; each has its value in its field, and each field counts where it is from.
+    The command runs with all `flags` at once, and stops at that call. `flags` must name every flag of the command,
+    except those in `without`. The fixture checks that the value of each flag is in its field of the config or keyword,
+    and is not the default.
     """
 
     def ask(
         function: str, command: str, flags: Flags, *words: str, without: tuple[str, ...] = ()
     ) -> tuple[Any, dict[str, Any]]:
         missing = options_of(get_command(app).commands[command]).keys() - flags.keys() - set(without)  # type: ignore[attr-defined]
-        assert missing == set(), "flags that no field is named for"
+        assert missing == set(), "flags without a field in `flags`"
         calls: list[tuple[Any, dict[str, Any]]] = []
 
         def stop(config: Any, *_: Any, **keywords: Any) -> None:
@@ -45,7 +46,7 @@ def planned_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, di
         }
         default = type(config)(*[()] * len(words[:1]))
         same = [field for _, field, value in flags.values() if getattr(default, field, None) == value]
-        assert same == [], "values that a flag which is lost would have too"
+        assert same == [], "values equal to defaults, which do not show that the flag has an effect"
         return config, keywords
 
     return ask

@@ -356,7 +356,7 @@ def test_evaluate_prints_its_plan_before_and_the_next_command_after(tiny_cache, 
     )
     assert not list(home.rglob("evaluations"))
     partly = call("evaluate", runs[0], home, "--suite", "core", "--tokens", 60, "--device", "cpu", "--dry-run")
-    assert partly.exit_code == 1 and "refused  " in partly.stderr  # as the command itself would end
+    assert partly.exit_code == 1 and "refused  " in partly.stderr  # the same exit code as without --dry-run
     done = call("evaluate", runs[0], "--suite", "core", "--tokens", 60, "--device", "cpu")
     assert [line.split()[0] for line in done.stderr.splitlines()][-2:] == ["done", "next"]
     again = call("evaluate", *runs, "--suite", "core", "--tokens", 60, "--device", "cpu")
@@ -504,7 +504,7 @@ def test_running_out_of_memory_prints_one_line(capsys):
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_prints_no_traceback(monkeypatch):
-    """The second one comes while the message for the first is printed; a third comes too late."""
+    """The second Ctrl-C comes while the message about the first is printed. A third one would come too late."""
     said = []
 
     def again(sentence, err):

@@ -1,4 +1,4 @@
-"""The errors that a user can act on."""
+"""Errors that tell the user what to do."""
 
 import pytest
 

@@ -55,7 +55,7 @@ def test_one_that_never_starts_is_named(store: Any) -> None:
 
 
 def test_one_that_is_slow_is_waited_for_and_a_silent_one_named(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another machine tells nothing but its beats."""
+    """Of a process on another machine, nothing but its heartbeat is known."""
     monkeypatch.setattr(heartbeat, "pid_namespace", lambda: "")
     first, slow = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     timer = threading.Timer(0.6, slow.meet)
@@ -63,7 +63,7 @@ def test_one_that_is_slow_is_waited_for_and_a_silent_one_named(store: Any, monke
     first.meet()
     timer.join()
     store.set("sae/name/2", "process 7 on node-b")
-    store.set("sae/machine/2", " 999999999")  # no process of this machine, but then it is of another
+    store.set("sae/machine/2", " 999999999")  # no such process here, but it belongs to another machine
     first.count = 3
     with pytest.raises(UnavailableError, match=r"Rank 2 of 3 .process 7 on node-b. no longer runs: it has been silent"):
         second = threading.Thread(target=slow.meet)

@@ -105,7 +105,7 @@ def test_a_share_that_comes_while_the_last_one_tidies_up_waits(tmp_path: Path, m
 
 
 def test_a_look_at_a_lock_does_not_refuse_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A look holds the lock together with other looks, for a moment."""
+    """Checking whether a folder is locked takes a shared lock for a moment; the writer waits for it."""
     monkeypatch.setattr(locks, "LOOK_SECONDS", 20.0)
     look, slept = locks.acquire(tmp_path / ".lock", fcntl.LOCK_SH), []
 
@@ -120,7 +120,7 @@ def test_a_look_at_a_lock_does_not_refuse_a_writer(tmp_path: Path, monkeypatch: 
 
 
 def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that waits while another deletes the folder: the lock of a deleted file would keep nobody out."""
+    """A process waits for the lock while another one deletes the folder. A lock on a deleted file excludes nobody."""
     path = tmp_path / "cache" / ".lock"
     other, flock = locks.acquire(path, fcntl.LOCK_EX), locks.flock
 

@@ -1,4 +1,4 @@
-"""Free memory: the least of what the system, control groups and $SAE_MEMORY_GB leave. Errors that say there is none."""
+"""Free memory is the minimum of what the system, control groups and $SAE_MEMORY_GB leave. Errors of full memory."""
 
 import math
 import weakref
@@ -50,7 +50,7 @@ def test_every_group_above_limits_too(machine):
     assert available_memory("cpu") == 2 << 30  # the free memory, and the cached files that can be dropped
     for name, text in {"max": 1 << 30, "current": 2 << 30, "stat": "inactive_file 0"}.items():
         machine(f"cgroup/user/memory.{name}", str(text))
-    assert available_memory("cpu") == 0  # over its limit, not less than nothing
+    assert available_memory("cpu") == 0  # the group is over its limit; the result is not negative
 
 
 @pytest.mark.parametrize("visible", [True, False])

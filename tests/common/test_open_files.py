@@ -1,4 +1,4 @@
-"""Too many open files: a sentence with the limit, and nothing is taken for damage."""
+"""If too many files are open, the error says the limit, and no file is reported as damaged."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ CHUNKS = 80
 
 @pytest.fixture
 def set_limit() -> Iterator[Callable[[int | None], None]]:
-    """set_limit(n) -> this process may have n files open; None or the end of the test restores the limit."""
+    """set_limit(n) lets this process open n files. set_limit(None), or the end of the test, restores the old limit."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def limit(files: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Packages that are older than declared are named, and so are the extras that a missing package belongs to."""
+"""Messages name packages that are older than declared, and the extra that a missing package belongs to."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def install(folder: Path, name: str, version: str) -> None:
 
 @pytest.fixture
 def old_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose packages are found before the installed ones; and these lowest versions."""
+    """A folder whose packages take precedence over installed ones. It also replaces the declared lowest versions."""
     declared = ["transformers>=5.0", "numpy>=2.2", 'peft>=0.18; extra == "adapters"', 'hypothesis>=6; extra == "test"']
     monkeypatch.setattr("sae.common.packages.metadata.requires", {PACKAGE: declared}.get)
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""The schemas of the records, and the page that is made from them."""
+"""The schemas of the records, and the page that is generated from them."""
 
 import runpy
 from pathlib import Path

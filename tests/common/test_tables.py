@@ -23,7 +23,7 @@ DEEP = "[" * 20_000 + "]" * 20_000
 
 @pytest.fixture
 def rows_of(tmp_path: Path) -> Callable[..., list[Any]]:
-    """rows_of(bytes, name="a.jsonl"): the cells of the column "text"; of a row that cannot be read, its problem."""
+    """rows_of(data, name="a.jsonl") returns the cells of the column "text"; for an unreadable row, the problem."""
 
     def read(data: bytes | str, name: str = "a.jsonl") -> list[Any]:
         file = tmp_path / name

@@ -3,11 +3,11 @@
 A step that rounds differently from that commit's leads to another SAE, within the bounds of train/step_version.py.
 
 fixtures/<commit>/README.md says what was written and how. This test uses only what must stay stable: the command line,
-`sae.load_sae`, `sae.open_cache`, the files on disk and those bounds. It imports nothing else of the package, so it is
-the same before and after any change within it.
+`sae.load_sae`, `sae.open_cache`, the files on disk and those bounds. It imports nothing else from the package, so no
+change inside the package can change this test.
 
-In the text files of the fixtures, @HOME@ stands for the SAE_HOME they were written in. A test copies them into a home
-of its own and replaces it.
+In the text files of the fixtures, @HOME@ stands for the SAE_HOME they were written in. Each test copies them into a new
+home and replaces @HOME@ with its path.
 """
 
 import contextlib
@@ -243,7 +243,7 @@ def test_a_cache_gives_the_same_rows(interrupted: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", whole_caches())
 def test_a_cache_gives_the_same_batches(interrupted: Path, name: str) -> None:
-    """In their order, and with the same rows marked: others stand in their place."""
+    """The batches have the same rows in the same order, and the same rows are masked and replaced by others."""
     cache = sae.open_cache(interrupted / "activations" / name)
     for expected in EXPECTED["caches"][name]["batches"]:
         digest = hashlib.sha256()
@@ -277,7 +277,7 @@ def test_a_harvest_command_finds_its_cache_and_finishes_an_interrupted_one(tmp_p
     after = contents(activations)
     mended = tuple(f"{cache}/{path}" for path in ("layer_01/", "layer_01.", "commits/000001.layer_01.json"))
     records = ("/harvest.json", "/zarr.json", "/manifest.json")
-    # The windows of `half` that were there are among these.
+    # These include the windows that `half` already had.
     kept = {path for path in before if not path.startswith(mended) and not path.endswith(records)}
     assert {path for path in kept if content_of(path, after) != content_of(path, before)} == set()
     old, new = (chunk_of(sae.open_cache(f / cache), "layer_01", 1) for f in (OLD / "caches", activations))
@@ -293,7 +293,7 @@ def test_a_harvest_command_finds_its_cache_and_finishes_an_interrupted_one(tmp_p
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """A home in which every interrupted run was resumed, by --resume or by the command that began it.
 
-    A run that cannot be resumed stops the others of its command. Those left are then resumed one by one, to see which.
+    A run that cannot be resumed stops the other runs of its command. The rest is then resumed one by one, to find it.
     """
     home = old_home(tmp_path_factory.mktemp("resumed"))
     recipes, *others = EXPECTED["trainings"]
@@ -371,7 +371,7 @@ def results(home: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def evaluations() -> Callable[[str], list[str]]:
-    """Find the command that wrote a result by a word in it."""
+    """Find the evaluation command that contains a word."""
 
     def find(word: str) -> list[str]:
         (found,) = (one["words"] for one in EXPECTED["evaluations"] if word in " ".join(one["words"]))
@@ -382,10 +382,10 @@ def evaluations() -> Callable[[str], list[str]]:
 
 @pytest.mark.slow
 def test_results_are_read_back_and_not_measured_again(finished: Path, evaluations: Callable[[str], list[str]]) -> None:
-    """Showing them measures nothing either. Results of another --mode come back from evaluations/earlier/."""
+    """Nor does showing them measure anything. Results of another --mode are restored from evaluations/earlier/."""
     before = results(finished)
     kept = [evaluations("--tokens 1k"), evaluations("core,absorption")]
-    if platform.python_version() == EXPECTED["made_with"]["python"]:  # the metric reads its standard library
+    if platform.python_version() == EXPECTED["made_with"]["python"]:  # the metric reads files of the standard library
         kept.append(evaluations("scr_stdlib"))
     (run,) = (one["runs"][0] for one in EXPECTED["evaluations"] if "2024-12" in one["words"])
     few = [word for word in kept[0] if "/runs/" in word]
@@ -413,7 +413,7 @@ def test_results_are_read_back_and_not_measured_again(finished: Path, evaluation
 
 
 def bootstrap_ends(result: dict[str, Any]) -> dict[tuple[str, int], float]:
-    """Take the intervals over words out of a result of absorption; by number and end."""
+    """Remove the intervals over words from a result of absorption. Returns (number, end) -> value."""
     means = result["eval_result_unstructured"]["intervals"].pop("mean", {})
     return {(name, end): value for name, ends in means.items() for end, value in enumerate(ends) if value is not None}
 

@@ -1,7 +1,8 @@
-"""A GPU for machines without one: tensors that say they are on cuda:0 and hold real values in the memory of the CPU.
+"""A simulated GPU for machines without one: tensors that report the device cuda:0 and hold real values in CPU memory.
 
-It proves what does not depend on a GPU's arithmetic: that tensors of two devices never meet, that the host waits for
-nothing inside a step, that copies are ordered, and that the values are those of the CPU. It measures nothing.
+It can test whatever does not depend on the arithmetic of a GPU: that tensors on two devices are never combined, that
+the host waits for nothing inside a step, that copies are ordered, and that values equal those on the CPU. It measures
+nothing.
 
     cuda_hooks.cpp   what torch asks of CUDA before it differentiates a tensor that says it is there
     build.py         builds it, once for each version of torch

@@ -1,4 +1,4 @@
-"""Single operations on the simulated GPU, to test it against what is known of CUDA."""
+"""Single operations on the simulated GPU, to compare it with the known behaviour of CUDA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +79,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 def seen_by(kind: str, name: str) -> list[str]:
-    """What the ledger has of one operation of a dictionary above, besides what `x` itself takes."""
+    """The entries of the ledger for one operation of a dictionary above, without those of making `x`."""
     with simulated_gpu(), watch() as setup:
         x()
     with simulated_gpu(), watch() as seen:
@@ -120,7 +120,7 @@ def gradients_of_both() -> tuple[Any, Any, str]:
 
 
 def module_on_both() -> list[Any]:
-    """A module moved there and back: the same parameter objects, on the GPU, with the same values."""
+    """Move a module to the GPU: the parameter objects and their values stay the same, and are on the GPU."""
     with simulated_gpu():
         module = torch.nn.Linear(3, 2)
         weight, before = module.weight, module.weight.detach().clone()

@@ -13,13 +13,13 @@ SOURCE = Path(__file__).with_name("cuda_hooks.cpp")
 
 
 class CannotSimulate(Exception):
-    """Why there is no simulated GPU on this machine."""
+    """There can be no simulated GPU on this machine; the message says why."""
 
 
 def build_hooks(cache: Path) -> Path:
-    """The library, built into the folder `cache` unless it is there. Does not import torch.
+    """Build the library into the folder `cache`, unless it is there, and return its path. Does not import torch.
 
-    Raises CannotSimulate without a compiler, without torch's headers, and where torch has a CUDA of its own.
+    Raises CannotSimulate if there is no compiler, if torch has no headers, or if torch was built with CUDA.
     """
     torch_folder, version = find_torch()
     if "+cu" in version or (torch_folder / "lib" / "libtorch_cuda.so").exists():

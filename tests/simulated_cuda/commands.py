@@ -12,8 +12,7 @@ from .functions import simulated_gpu
 
 
 def run(home: Path, commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
-    """The exit code and the output of each command, up to the first that fails. An error that no command expects is
-    raised."""
+    """Run commands up to the first that fails. Returns the exit code and output of each; raises unexpected errors."""
     before = Path.cwd()
     os.environ["SAE_HOME"] = str(home)
     os.chdir(home)

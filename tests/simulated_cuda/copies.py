@@ -136,7 +136,7 @@ def wrong_windows_of_a_gpu(orders: int, without: str = "") -> list[int]:
 
 
 def send_windows(chance: random.Random, without: str) -> bool:
-    """Windows of one `DeviceWindow`, each received at some time before its memory is needed again."""
+    """Send windows of one `DeviceWindow`, and receive each at a random time before its memory is needed again."""
     rows, chunk_rows = 10, 4
     with contextlib.ExitStack() as stack:
         if without == "placing waits for the copy":

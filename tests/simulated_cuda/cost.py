@@ -1,8 +1,8 @@
 """What operations cost on a GPU: launches of kernels, FLOPs, and bytes that cross its memory.
 
-It follows from shapes and types alone. Launches and passes of kernels that have several (sort, topk, solvers) are what
-is known of CUDA's; nothing is measured. Bytes are those of every element read and written once: what stays in a cache
-between two kernels is not taken off. Those of the kernels of train/kernels are all of their loads and stores.
+The cost follows from shapes and types alone; nothing is measured. For operations that need several launches and passes
+(sort, topk, solvers), their numbers are those known from CUDA. Bytes count every element that a kernel reads or writes
+once; hits in a cache are not subtracted. For the kernels in train/kernels, bytes count all loads and stores.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,11 @@ class Cost(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """One operation below autograd, with what it costs."""
+    """One operation, as dispatched below autograd, with its cost."""
 
     name: str
     inputs: str  # types and shapes
-    line: str  # of the package
+    line: str  # the line of the package that calls it
     dtype: str  # in which its products are computed
     cost: Cost
 
@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
 
 def size(tensor: Tensor) -> int:
-    """Bytes of its elements; those that an expanded tensor repeats count once."""
+    """Bytes of the elements of a tensor. Elements that an expanded tensor repeats count once."""
     count = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if stride or not length:
@@ -120,12 +120,12 @@ SEVERAL = {"count_nonzero": 2, "cumsum": 2, "nonzero": 3}
 def product(call: Call) -> Cost:
     """(..., m, k) by (..., k, n): 2 m k n FLOPs."""
     left = call.args[-2] if call.name in ("mm", "bmm", "mv", "dot") else call.args[1]
-    inner, read = left.shape[-1], sum(map(size, tensors_of(call.args)))  # without the memory for the result
+    inner, read = left.shape[-1], sum(map(size, tensors_of(call.args)))  # without `out`
     return Cost(1, 2 * call.outputs[0].numel() * inner, read + call.written)
 
 
 def gram(call: Call) -> Cost:
-    """A batched product of (M, B) by (B, M), which reads its input once for each of the two."""
+    """A batched product of (M, B) by (B, M). Both factors are the same input, which is therefore read twice."""
     (f_GBM,) = call.args
     return Cost(1, 2 * call.outputs[0].numel() * f_GBM.shape[1], 2 * size(f_GBM) + call.written)
 
@@ -138,7 +138,7 @@ def row_products(call: Call) -> Cost:
 
 
 def row_gradients(call: Call) -> Cost:
-    """Of embedding_bag to its numbers: N products of two rows."""
+    """The gradient of embedding_bag with respect to its weights: N products of two rows."""
     gradient, rows, index = call.args[:3]
     flops = 2 * index.numel() * rows.shape[1]
     read = index.numel() * rows.shape[1] * (rows.element_size() + gradient.element_size())
@@ -213,7 +213,7 @@ def gate(call: Call) -> Cost:
 
 
 def prefixes(call: Call) -> Cost:
-    """A kernel for parts of the tokens and dimensions, and the sum of the parts by torch."""
+    """A kernel computes parts of the tokens and dimensions, and torch sums the parts."""
     part_GBD, with_gradient = call.args[0], call.name == "prefix_gradients"
     count, tokens, width = part_GBD.shape
     launches, moved = kernel_cost.of_prefixes(
@@ -263,13 +263,13 @@ def update(call: Call) -> Cost:
 
 
 def sort(call: Call) -> Cost:
-    """A radix sort of elements with their positions (int64): each 8 bits of an element read and write both."""
+    """A radix sort of elements with their positions (int64). Each 8 bits of an element take a pass over both."""
     element = call.inputs[0].element_size()
     return Cost(6, 0, 2 * element * (size(call.inputs[0]) + 8 * call.inputs[0].numel()))
 
 
 def fused_adam(call: Call) -> Cost:
-    """Reads parameter, gradient and two moments, writes all but the gradient; by chunks of 36 tensors."""
+    """Reads parameter, gradient and two moments, and writes all but the gradient. One launch for every 36 tensors."""
     parameters = call.args[0]
     return Cost(2 + len(parameters) // 36, 0, 7 * sum(map(size, parameters)))
 

@@ -1,4 +1,4 @@
-"""What one training step of a recipe costs on a GPU, counted without its arithmetic."""
+"""The cost of one training step of a recipe on a GPU, counted without computing values."""
 
 import contextlib
 import os

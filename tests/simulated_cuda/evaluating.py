@@ -41,7 +41,7 @@ def measure(folder: Path, runs: Sequence[Path], **config: Any) -> dict[str, Any]
 
 
 def numbers(rows: Sequence[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Run -> metric -> category -> name -> number; and the errors."""
+    """Returns run -> metric -> category -> name -> number, and the errors."""
     values = {
         row.name: {
             metric: {

@@ -111,13 +111,13 @@ def after_each_step(fault: str) -> Iterator[None]:
 
 
 def walk_with(fault: str) -> dict[str, object]:
-    """As `training.walk` of relu, with a mistake after each step."""
+    """Like `training.walk` for relu, with a fault injected after each step."""
     with after_each_step(fault):
         return training.walk("relu")
 
 
 def waits_in_backward() -> list[str]:
-    """What is seen of a gradient that reads a value."""
+    """The waits that the ledger records for a gradient that reads a value."""
     original = Trainer.forward_losses
 
     def forward_losses(self: Trainer, x_BD: Tensor) -> object:

@@ -23,7 +23,7 @@ INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
 class Functions(TorchFunctionMode):
-    """Functions of torch that decide by device before there is an operation."""
+    """Handles torch functions that depend on the device before they dispatch an operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,7 +45,7 @@ class Functions(TorchFunctionMode):
 
 
 def listed(index: Any) -> Any:
-    """An index in which lists are tensors of the CPU, from where CUDA copies them too."""
+    """An index whose lists are replaced by CPU tensors; CUDA also copies lists from the host."""
     if isinstance(index, tuple):
         return tuple(listed(part) for part in index)
     return torch.tensor(index) if isinstance(index, list) else index
@@ -83,12 +83,12 @@ def install() -> None:
     cuda.CUDAGraph, cuda.graph = graphs.CUDAGraph, graphs.graph
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     choice.reason_against_triton = lambda: "the simulated GPU runs no kernels"
-    torch.autograd.set_multithreading_enabled(False)  # so that the stack of a backward pass is that of its caller
+    torch.autograd.set_multithreading_enabled(False)  # so that a backward pass runs on the stack of its caller
 
 
 @contextlib.contextmanager
 def simulated_gpu() -> Iterator[None]:
-    """Inside, the device "cuda" exists, also for the threads that are started there."""
+    """A context in which the device "cuda" exists, also in threads that are started inside."""
     run = threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:

@@ -26,7 +26,7 @@ CAPTURING = "operation not permitted when stream is capturing"
 
 
 class CUDAGraph:
-    """In the place of torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.origin: streams.Stream | None = None

@@ -1,4 +1,4 @@
-"""What the host read from the GPU and copied to it, each with the line of the package that did it."""
+"""Records of what the host reads from the GPU and copies to it, each with the line of the package that does it."""
 
 import contextlib
 import functools
@@ -37,18 +37,18 @@ class Entry:
 
 @dataclass(eq=False)  # nested ledgers can have equal entries, and are told apart by identity
 class Ledger:
-    """The entries of one watch."""
+    """The entries recorded in one `watch` context."""
 
     entries: list[Entry] = field(default_factory=list)
 
     @property
     def waits(self) -> list[str]:
-        """Everything that made the host wait, once for each line, as sentences."""
+        """A sentence for each line and operation that made the host wait."""
         return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind in (READ, PAGEABLE)))
 
     @property
     def unordered(self) -> list[str]:
-        """Every operation whose bits depend on an order that a GPU does not keep, once for each line, as sentences."""
+        """A sentence for each line and operation whose result depends on an order that a GPU does not keep."""
         return list(dict.fromkeys(str(entry) for entry in self.entries if entry.kind == UNORDERED))
 
     @property
@@ -79,7 +79,7 @@ _refusing: dict[int, str] = {}  # thread -> the reason why it may neither wait n
 
 @contextlib.contextmanager
 def refusing(why: str) -> Iterator[None]:
-    """Raise RuntimeError where this thread makes the host wait, or copies between it and the GPU."""
+    """Raise RuntimeError if this thread makes the host wait, or copies between the host and the GPU."""
     thread = threading.get_ident()
     _refusing[thread] = why
     try:
@@ -98,9 +98,9 @@ def note(kind: str, what: str) -> None:
 
 
 def line() -> str:
-    """The innermost line on the stack that is of the package or of a test, as train/step.py:51.
+    """The innermost line on the stack that is in the package or in a test, such as train/step.py:51.
 
-    Where a library did it on that line's behalf, its innermost line follows: harvest/hooked.py:125 (transformers/...).
+    If that line called a library, the library's innermost line follows: harvest/hooked.py:125 (transformers/...).
     """
     frame: FrameType | None = sys._getframe(1)
     library = ""

@@ -1,7 +1,7 @@
-"""The tests of the metrics once more, with every measurement on the simulated GPU.
+"""The tests of the metrics, run again with every measurement on the simulated GPU.
 
-What they assert is unchanged: planted answers, numbers worked by hand, SAEBench's own from the same inputs. Whatever
-`Metric.measure` is given (the model, the SAEs) is moved to the GPU first.
+Their assertions are the same: planted answers, numbers worked out by hand, and numbers of SAEBench for the same inputs.
+All arguments of `Metric.measure` (the model, the SAEs) are moved to the GPU first.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Outcome:
     passed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # test -> its report
     measured: Counter[str] = field(default_factory=Counter)  # metric -> measurements on the GPU
-    waits: Counter[str] = field(default_factory=Counter)  # entry of the ledger -> how often
+    waits: Counter[str] = field(default_factory=Counter)  # entry of the ledger -> number of times
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:

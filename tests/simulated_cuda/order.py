@@ -1,8 +1,8 @@
-"""Operations whose results on a GPU can have other bits in a second run, and whether a call of one does.
+"""Operations whose results on a GPU can differ between two runs, and a check whether a call is one of them.
 
-The list is that of torch.use_deterministic_algorithms. An operation of it that writes to places by index is harmless
-where the order of writing does not decide the bits: where no place is written twice, or what is added is exact, such as
-counts. That depends on values, so each call is repeated with its writes in the opposite order.
+The list is that of torch.use_deterministic_algorithms. An operation that writes at indices is harmless if the order of
+the writes does not change the result: no element is written twice, or the sums are exact, such as counts. That depends
+on the values, so each such call is repeated with its writes in the opposite order.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .ledger import UNORDERED, note
 
-# By the names of the operations below autograd: what is differentiated shows as the operation of its backward pass.
-WRITES = {  # to places by (dimension, index, source), at the same places of the arguments
+# Names of operations below autograd: a differentiable function appears as the operations of its backward pass.
+WRITES = {  # operations with the arguments (target, dimension, index, source)
     "index_add", "index_add_", "index_copy", "index_copy_", "scatter", "scatter_", "scatter_add", "scatter_add_",
     "scatter_reduce", "scatter_reduce_",
 }  # fmt: skip
-PUTS = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}  # by several indices; sums are sorted
+PUTS = {"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}  # CUDA sorts sums (accumulate=True)
 ALWAYS = {
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "_ctc_loss_backward", "_cudnn_ctc_loss",
     "adaptive_max_pool2d_backward", "avg_pool3d_backward", "convolution", "convolution_backward",
@@ -30,11 +30,11 @@ ALWAYS = {
     "upsample_bicubic2d_backward", "upsample_bilinear2d_backward", "upsample_linear1d_backward",
     "upsample_trilinear3d_backward",
 }  # fmt: skip
-SUMS = {"cumsum", "cumsum_", "bincount"}  # of numbers with a fraction: cumsum of floats, bincount with weights
+SUMS = {"cumsum", "cumsum_", "bincount"}  # unordered only for floats: cumsum of floats, bincount with weights
 
 
 def check_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Write down a call whose bits depend on an order that a GPU does not keep. `args` are its values, unchanged."""
+    """Record a call whose result can depend on an order that a GPU does not keep. `args` are not changed."""
     if name in ALWAYS or (name in SUMS and sums_fractions(name, args, kwargs)):
         note(UNORDERED, f"{name} of {shape(args[0])}")
     elif name in WRITES and len(args) > 3 and isinstance(args[3], Tensor):

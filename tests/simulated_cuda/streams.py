@@ -1,4 +1,4 @@
-"""CUDA streams and events as queues of jobs that run as late as they can: when somebody waits for them.
+"""CUDA streams and events as queues of jobs. Jobs run as late as possible: when something waits for them.
 
 On a GPU a job runs at some time between being queued and being waited for. A missing wait shows only where the job runs
 late, so here it always does. An eager stream, such as the default stream of the simulated GPU, does the opposite: its

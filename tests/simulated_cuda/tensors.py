@@ -1,4 +1,4 @@
-"""Tensors that say they are on cuda:0 and hold real values, and what each operation does with them.
+"""Tensors that report the device cuda:0 and hold real values, and what each operation does with them.
 
 Two rules are those of CUDA. Tensors on two devices cannot be combined, except that an elementwise operation takes a 0-d
 tensor on the CPU. And whatever needs a value on the host (a number, a size, a branch) waits for the GPU; each such wait
@@ -37,7 +37,7 @@ class SimulatedTensor(torch.Tensor):
     """A tensor on the simulated GPU. Its values are `held`, on the CPU."""
 
     held: torch.Tensor
-    used_by: list[streams.Stream]  # whose work its memory outlives
+    used_by: list[streams.Stream]  # the memory is not freed before their work is done
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -93,7 +93,7 @@ def simulated(tree: Any) -> Any:
 
 
 def mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    """Arguments or a result of an operation with each tensor changed. (torch's pytrees take several times longer.)"""
+    """Apply `change` to each tensor in the arguments or result of an operation. (pytrees are several times slower.)"""
     if isinstance(tree, torch.Tensor):
         return change(tree)
     if isinstance(tree, list | tuple):
@@ -114,7 +114,7 @@ def shapes(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def on_gpu(device: Any) -> bool:
-    """Whether an argument `device`, if it was given, is a GPU."""
+    """Whether the argument `device` is given and is a GPU."""
     return device is not None and not isinstance(device, int) and torch.device(device).type == "cuda"
 
 
@@ -257,7 +257,7 @@ def copy_into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch
 
 
 def transfer(target: torch.Tensor, source: torch.Tensor, waits: bool, job: Callable[[], object]) -> None:
-    """Copy between the devices: now if the host waits for it, else when the stream comes to it."""
+    """Queue a copy between the devices; if the host `waits` for it, it is done at once."""
     what = f"{shapes([source])} to the {'GPU' if isinstance(target, SimulatedTensor) else 'host'}"
     stream = streams.current_stream()
     stream.push(job)

@@ -1,4 +1,4 @@
-"""Copies beside the steps are ordered, however late streams run."""
+"""Copies that run in parallel with the steps are ordered correctly, however late streams run."""
 
 import pytest
 

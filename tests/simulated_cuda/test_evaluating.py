@@ -32,7 +32,7 @@ def runs(tiny_cache: Cache, tmp_path: Path) -> list[Path]:
 def test_core_has_the_numbers_of_the_cpu_and_copies_no_pageable_memory(
     gpu: SimulatedGPU, runs: list[Path], tmp_path: Path
 ) -> None:
-    """The same results and references, equal bit for bit. What core reads from the GPU are its sums and masks."""
+    """Results and references are equal bit for bit. `core` reads nothing but its sums and masks from the GPU."""
     found = gpu("evaluating.measure", folder=tmp_path, runs=runs, suite="core", tokens=400)
     assert found["apart"] == {} and found["errors"] == {} and found["numbers"] >= 90
     copied = [wait for wait in found["waits"] if "pageable" in wait and not any(part in wait for part in ONCE)]
@@ -40,7 +40,7 @@ def test_core_has_the_numbers_of_the_cpu_and_copies_no_pageable_memory(
 
 
 def test_core_of_a_model_in_bfloat16_has_logits_in_float32(gpu: SimulatedGPU, runs: list[Path], tmp_path: Path) -> None:
-    """The last product has sums in float32 on both: on a GPU by torch.mm, on a CPU of weights in float32."""
+    """Both devices compute the last product with float32 sums: a GPU with torch.mm, a CPU with float32 weights."""
     found = gpu("evaluating.measure", folder=tmp_path, runs=runs[:1], suite="core", tokens=60, dtype="bfloat16")
     assert found["errors"] == {}
     assert {name: apart for name, apart in found["apart"].items() if apart > 1e-4} == {}

@@ -39,4 +39,4 @@ def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
     if case == "Ctrl-C":
         assert any("of the 256 rows of window 0 are already computed" in sentence for sentence in said)
     if case == "no pinned memory":
-        assert len(found["waits"]) == 2  # one for each window, of 256 and of 144 rows
+        assert len(found["waits"]) == 2  # one for each window; they have 256 and 144 rows

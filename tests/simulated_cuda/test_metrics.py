@@ -18,7 +18,7 @@ GROUPS = {
     ("test_autointerp.py", "test_local_judge.py"): {"autointerp"},
     ("test_saebench_core.py", "test_saebench_scr_tpp.py"): {"core", "scr", "tpp"},
 }
-# Tests that put a tensor of their own, on the CPU, into what is measured.
+# Tests that put CPU tensors into the objects that are measured.
 OF_THE_CPU = (
     "test_outlier_rows_are_left_out_and_saebench_s_number_counts_them",
     "test_the_latent_of_a_class_is_found_and_separates_it",

@@ -28,5 +28,5 @@ def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_nor_checkpoints_wait
         assert (found["steps"], found["steps_resumed"]) == (2 * len(RECIPES), 2 * len(RECIPES))
         assert found["replays"] == 12 + 6
     assert found["queued"] >= 12 + 6 or resident  # each batch of rows
-    # One of all runs after step 6, and one of each at its end; every tensor of a state is copied.
+    # All runs are saved once after step 6, and each once at its end. Every tensor of a state is copied.
     assert found["saves"] == 1 + 2 * len(RECIPES) and found["queued_to_save"] >= 14

@@ -155,7 +155,7 @@ def test_the_flops_of_relu_are_those_of_its_five_products(gpu: SimulatedGPU) -> 
 
 
 def test_single_operations_cost_what_is_worked_by_hand(gpu: SimulatedGPU) -> None:
-    """Of (6, 4) float32 tensors, 96 bytes each."""
+    """The tensors have shape (6, 4) in float32, which is 96 bytes each."""
     found = gpu("counting.costs_of_examples")
     assert found == {
         "copy": [Cost(1, 0, 2 * 96)],
@@ -239,7 +239,7 @@ def test_a_size_that_a_recipe_cannot_have_says_why(gpu: SimulatedGPU) -> None:
 
 
 def test_the_model_is_worked_by_hand(script: dict[str, Any]) -> None:
-    """Each operation by the slower of its FLOPs and its bytes; a step by the slower of the host and the GPU."""
+    """An operation takes the longer of the times of its FLOPs and its bytes; a step that of the host and the GPU."""
     operations = [
         Operation("mm", "", "", "bfloat16", Cost(1, 790 * 10**9, 10)),  # 1 ms of FLOPs
         Operation("mm", "", "", "float32", Cost(1, 60 * 10**9, 10)),  # 1 ms
@@ -269,7 +269,7 @@ def test_the_constants_are_fixed(script: dict[str, Any]) -> None:
     constants = [script[name] for name in ("FLOPS_BFLOAT16", "FLOPS_FLOAT32", "BANDWIDTH", "LAUNCH", "D_IN", "KEPT")]
     assert constants == [790e12, 60e12, 4.3e12, 5e-6, 2304, 100]
     assert script["SIZES"] == ((2304, 2048), (18432, 4096), (65536, 4096))
-    assert sparse_ops.BANDWIDTH == script["BANDWIDTH"]  # which decides between sparse and dense products
+    assert sparse_ops.BANDWIDTH == script["BANDWIDTH"]  # decides between sparse and dense products
     assert sparse_ops.FLOPS["bfloat16"] == script["FLOPS_BFLOAT16"]
     assert sparse_ops.FLOPS["float32"] == script["FLOPS_FLOAT32"]
 

@@ -19,8 +19,8 @@ from sae.workflows.jobs import ReproduceConfig, jobs_of
 from .gpu import Failed, SimulatedGPU
 
 HERE = Path(__file__).parent
-# With autocast, by how much numbers may differ from those of float32 after four steps, as a share of the largest. What
-# the SAE then encodes is not bounded: near a tie another latent or expert is chosen.
+# Bounds on how much numbers under autocast may differ from those in float32 after four steps, relative to the largest.
+# The latents of the SAE have no bound: near a tie, another latent or expert is chosen.
 BOUNDS = {
     "metrics/loss": 0.02, "metrics/l0": 0.005, "metrics/gradient_norm": 0.05, "sae/W_dec": 0.02, "sae/W_enc": 0.02,
 }  # fmt: skip
@@ -45,13 +45,13 @@ def divisible(recipe: str) -> bool:
 
 @pytest.mark.parametrize("recipe", FEW_QUICK)
 def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, recipe: str) -> None:
-    """With products by the kept latents where a recipe has them. The saved SAE, the checkpoint, the metrics and what
-    is resumed are equal bit for bit."""
+    """Recipes that support sparse products use them. The saved SAE, the checkpoint, the metrics and the resumed state
+    are equal bit for bit."""
     walked = gpu("training.walk", recipe=recipe, sparse=True)
     assert walked["waits"] == walked["unordered"] == []
-    assert len(walked["reads"]) == 1  # of all metrics of a log together
+    assert len(walked["reads"]) == 1  # one read for all metrics of a log
     assert walked["apart"] == {}
-    assert walked["dead"] > 0  # so that AuxK and what restarts latents have work to do
+    assert walked["dead"] > 0  # AuxK and the mechanisms that restart latents had work to do
 
 
 @pytest.mark.parametrize("recipe", ["batchtopk", "jumprelu", "hierarchical-adaptive", "switch"])

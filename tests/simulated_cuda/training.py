@@ -101,8 +101,8 @@ class Walk:
         self.waits: list[str] = []
         self.unordered: list[str] = []
         self.reads: list[str] = []  # of a log
-        self.dead = 0  # latents that AuxK had to work with
-        self.trainer: Trainer  # that took the steps
+        self.dead = 0  # the largest number of dead latents in a step
+        self.trainer: Trainer  # the one that took the steps
 
     def new_trainer(self) -> Trainer:
         """Make a trainer whose periodic mechanisms act every second step and whose latents die after one silent batch.

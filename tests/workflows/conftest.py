@@ -13,14 +13,14 @@ import pytest
 
 
 class LocalHub:
-    """Repositories of files in memory, each at one commit, with a record of the paths that were asked for."""
+    """In-memory repositories, each with one commit, and a record of the requested paths."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, str] = {}
         self.api_requests: list[str] = []
         self.downloads: list[str] = []
-        self.corrupt: set[str] = set()  # files that are served with their last byte changed
+        self.corrupt: set[str] = set()  # files whose last byte is changed when they are served
         hub = self
 
         class Handler(BaseHTTPRequestHandler):

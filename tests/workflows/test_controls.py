@@ -137,7 +137,7 @@ def test_another_width_l0_length_or_cache_has_controls_of_its_own(
         assert len(plan.train.unfinished) == 3 and len(plan.runs) == 6, changes
         assert len({*before, *(one.name for one in plan.runs)}) == 6, count
         assert {one.config.precision for one in plan.train.unfinished} == {run.config.precision}
-    # The same rows in another folder are the same cache, and a run without --l0 is held to the k that it had.
+    # The same rows in another folder are the same cache, and controls of a run without --l0 are trained at its k.
     (run,) = sae.train_saes("batchtopk", cache=other, options={"k": 4}, **SIZES)
     assert [one.done for one in plan_controls([run]).runs] == [True] * 3
     assert trained() == before

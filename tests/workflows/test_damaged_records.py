@@ -320,7 +320,7 @@ def test_without_run_json_a_finished_sae_is_evaluated_and_an_unfinished_run_keep
 
 
 def test_an_edit_on_purpose_is_read_once_the_digest_is_deleted(run: Path) -> None:
-    """As a user does who renames the model of an SAE, in an editor."""
+    """For example, a user renames the model of an SAE in an editor."""
     content = read_json(run / "sae.json")
     name = content["origin"]["model"]["name"]
     edited = (run / "sae.json").read_text().replace(f'"name": "{name}"', '"name": "renamed"')

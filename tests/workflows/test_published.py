@@ -47,7 +47,7 @@ def publish(hub, model: str, *, path: str = FOLDER, commit: str = "a" * 40, **op
 
 @pytest.fixture
 def cached_model(tiny_cache, home) -> str:
-    """A model with a cache in activations/, under the name that the cache records."""
+    """The name of a model that has a cache in activations/; the cache records this name."""
     (home / "activations").mkdir()
     (home / "activations" / "tiny").symlink_to(tiny_cache.folder)
     return tiny_cache.model

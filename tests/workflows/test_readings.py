@@ -1,4 +1,4 @@
-"""Every paper in every reading: what is planned is what it prints, and every system trains, resumes and loads."""
+"""For every paper in every reading, plans match what the paper prints, and every system trains, resumes and loads."""
 
 import runpy
 import tomllib
@@ -136,7 +136,7 @@ FIELD = {0: 3e-4 / 488, 487: 3e-4, 2441: 3e-4, 3905: 3e-4, 4393: 3e-4 * 489 / 97
     ],
 )
 def test_the_learning_rate_of_built_runs_is_the_one_worked_by_hand(number, reading, recipe, rates) -> None:
-    """At the first step, the end of the warm-up, in the middle and at the last step, as the optimizer has it."""
+    """Compares the optimizer's rate at the first step, the end of the warm-up, in the middle and at the last step."""
     job = next(job for job in jobs(number, reading) if job.recipe == recipe)
     one = find_recipe(recipe)
     sizes = RunConfig(16, parse_width("64", one, 16), job.steps, job.batch_size, paper_exact=job.paper_exact)

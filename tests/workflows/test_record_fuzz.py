@@ -1,4 +1,4 @@
-"""benchmarks/record_fuzz.py, shortened: random damage to a record is never read as truth and never a traceback."""
+"""benchmarks/record_fuzz.py, shortened: random damage to a record is never read as valid, and causes no traceback."""
 
 import subprocess
 import sys

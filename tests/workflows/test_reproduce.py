@@ -52,7 +52,7 @@ def test_on_the_papers_model_the_papers_sizes_are_run():
         load_paper("002"), asked(model="gemma-2-mini", width="4x", steps=10, layers=[0]), on_paper_model=False
     )
     assert {(job.steps, job.batch_size, job.dataset) for job in elsewhere} == {(10, None, None)}
-    assert {job.system: job.width for job in elsewhere} == {  # the small ones stay an eighth
+    assert {job.system: job.width for job in elsewhere} == {  # the width of the small systems stays an eighth
         **dict.fromkeys(load_paper("002").systems, "4x"), "small": "0.5x", "topk-small": "0.5x",
     }  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_groups_hold_every_job_once_and_no_recipe_with_two_sets_of_options():
     for group in groups:
         assert len({job.pass_key for job in group}) == 1
         assert len({(job.recipe, job.options) for job in group}) == len({job.recipe for job in group})
-    assert len(groups) < 7  # most of five papers in one pass
+    assert len(groups) < 7  # most jobs of the five papers share a pass
 
 
 JOB = Job("000", "full", "relu", (), None, 10, 64, "4x", False, (0,), (0,))
@@ -351,7 +351,7 @@ def test_the_suite_is_the_full_one_on_the_papers_model():
 
 
 def test_a_harvest_is_long_enough_for_the_longest_job_and_has_the_layers_of_all(monkeypatch):
-    """A job without a batch size has its recipe's: 2,048 tokens of `relu`."""
+    """A job without a batch size has that of its recipe: 2,048 tokens for `relu`."""
     monkeypatch.setattr("sae.workflows.reproduce.plan_harvest", lambda config, say: config)
     (full, off) = jobs_of(load_paper("003"), asked(dataset="a", seeds=[0], model="gemma-2-mini"), False)
     jobs = [

@@ -50,7 +50,7 @@ from ..kills import finish, kill
 TOKENS, WINDOW, RING, BATCH = 3000, 256, 4, 60
 PER_GROUP, LEFT_FOR_THE_LAST = 8, 440 // BATCH
 STEPS = 5 * PER_GROUP + LEFT_FOR_THE_LAST
-WINDOW_BYTES = WINDOW * (2 * 32 + 4) + 2 * 32 * 8 + 3 * 4  # of an array: rows, norms, moments, checksums
+WINDOW_BYTES = WINDOW * (2 * 32 + 4) + 2 * 32 * 8 + 3 * 4  # bytes of one array: rows, norms, moments, checksums
 ORIGIN_BYTES = WINDOW * (4 + 2) + 2 * 4
 
 
@@ -109,7 +109,8 @@ def weights(folder: Path) -> bytes:
 
 
 def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked, tmp_path: Path) -> None:
-    """Laid out with numpy: chunks of a group in the order of its number, thirty lanes, two rows of each a batch."""
+    """The order is computed with numpy: the number of a group decides the order of its chunks, which are read in thirty
+    lanes; a batch has two rows of each lane."""
     (folder,) = stream(asked, request_of("topk", shuffle_seed=5))
     cache = run_harvest(plan_harvest(Harvest(layers=[1], out=tmp_path / "whole", **asked)))
     rows = [
@@ -141,8 +142,8 @@ def test_the_bits_are_those_of_training_by_hand_on_the_order_of_the_groups(asked
 
 
 def test_the_disk_never_holds_more_than_the_ring(asked, monkeypatch) -> None:
-    """Only windows of the group being read and the next exist; at the end only the text is left. A group is removed
-    when the checkpoints after it are whole."""
+    """Only windows of the current and of the next group are on disk, and in the end only the text. A group is removed
+    once the checkpoints after it are complete."""
     seen, most, saved = [], 0, []
     write, release = checkpoint_writer.write_checkpoint, RingCache.release_group
 
@@ -285,8 +286,8 @@ def test_a_run_goes_on_where_one_with_another_limit_has_been_since(asked, tmp_pa
 
 
 def test_a_run_added_later_starts_at_the_first_group(asked, tmp_path: Path, monkeypatch) -> None:
-    """Windows that another run has released are harvested again, to the same bits, also where copies of the states do
-    not fit, so that training waits for its checkpoints."""
+    """Windows that another run has released are harvested again and have the same bits. This also holds if copies of
+    the states do not fit into memory, so that training waits for its checkpoints."""
     stream(asked, request_of("topk"))
     with monkeypatch.context() as patch:
         patch.setattr(TrainPlan, "in_background", False)
@@ -325,7 +326,8 @@ KILLS = [
 
 @pytest.mark.parametrize("kills", [KILLS[1:6:4], pytest.param(KILLS, marks=pytest.mark.slow)], ids=["two", "eight"])
 def test_killed_at_any_instant(asked, tmp_path: Path, kills: list[tuple[str, str]]) -> None:
-    """SIGKILLs with the text unread, with windows half-written, between checkpoints and removals; bit for bit."""
+    """SIGKILL comes before the text is read, while windows are written, and between checkpoints and removals. The
+    results are the same bit for bit."""
     given = {name: value for name, value in asked.items() if name not in ("model", "device")} | {"windows": RING}
 
     def arguments(place: Path) -> dict[str, object]:
