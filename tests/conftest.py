@@ -28,7 +28,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # workers have
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread for each of several workers, and for the programs that they start.
+    """With several workers, use one thread in each worker and in the programs that it starts.
 
     Workers inherit the variable before numpy is imported. Threads of two programs on two cores would block each other.
     """
@@ -68,7 +68,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread for torch: faster for the small matrix products of some test modules."""
+    """Use one thread in torch, which is faster for the small matrix products of some test modules."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +77,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_foreign_recipes() -> Iterator[None]:
-    """Recipes that a module's tests, or a script that they import, have registered are gone when the module ends."""
+    """Remove the recipes that a module's tests, or a script that they import, have registered."""
     yield
     if registry := sys.modules.get("sae.train.recipe"):
         for name, recipe in list(registry.RECIPES.items()):
@@ -148,7 +148,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator["WorkerProces
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The address of an S3 store on loopback, a process of its own that runs while the tests do."""
+    """The address of an S3 store on loopback, which runs in a separate process during the tests."""
     from .object_store import running_server
 
     with running_server() as endpoint:

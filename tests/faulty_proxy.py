@@ -1,6 +1,6 @@
-"""An HTTP proxy between a client and an object store that makes the store fail when a test says so.
+"""An HTTP proxy between a client and an object store, with which a test makes requests fail.
 
-It is a hop of its own: it listens on loopback, reads each request whole, and asks the store over another connection.
+It listens on loopback, reads each request completely, and forwards it to the store over another connection.
 """
 
 import http.client
@@ -20,15 +20,19 @@ ERRORS = {  # fault -> status, code
     "401": (401, "Unauthorized"),
     "403": (403, "InvalidAccessKeyId"),
 }
-# 500, 503, 429, 401, 403: answered without asking the store. drop: the connection ends before the store is asked. lost:
-# the store is asked, and its answer is lost. half: the body ends in the middle. short: likewise, with a Content-Length
-# that agrees. slow: a second passes. stale: the listing from before, or an empty one.
+# 500, 503, 429, 401, 403: the proxy answers with this status and does not forward the request.
+# drop: the connection is closed before the request is forwarded.
+# lost: the request is forwarded, and the connection is closed instead of an answer.
+# half: the body ends in the middle, before its Content-Length.
+# short: the body ends in the middle, and Content-Length is that of the half.
+# slow: the request is forwarded after a second.
+# stale: the answer is the first listing of this path, or an empty one if there was none.
 FAULTS = (*ERRORS, "drop", "lost", "half", "short", "slow", "stale")
 SLOW = 1.0  # seconds
 
 
 class Request(NamedTuple):
-    """A request: its number, from 0, its method and its path with the query."""
+    """A request: its number, counted from 0, its method, and its path including the query."""
 
     number: int
     method: str
@@ -73,8 +77,8 @@ class FaultyProxy(ThreadingHTTPServer):
         self.upstream, self.schedule = urlsplit(upstream).netloc, schedule
         self.requests: list[Request] = []
         self.injected: list[tuple[str, Request]] = []
-        self.ignored_headers: set[str] = set()  # of requests, in lower case: the store is not told them
-        self.listings: dict[str, bytes] = {}  # the first answer to each listing
+        self.ignored_headers: set[str] = set()  # request headers, in lower case, that are not forwarded to the store
+        self.listings: dict[str, bytes] = {}  # the first answer to each listing, served when stale
         self.lock = threading.Lock()
 
     @property
@@ -91,7 +95,7 @@ class FaultyProxy(ThreadingHTTPServer):
             return fault, request
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no error."""
+        """A closed connection of a client is not an error."""
 
 
 class Handler(BaseHTTPRequestHandler):

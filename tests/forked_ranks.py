@@ -42,7 +42,7 @@ import sae.train.variants  # noqa: F401
 import sae.workflows.published  # noqa: F401
 from sae.tests.worker_process import serve
 
-WAIT = 600  # seconds after which a command that does not end is killed
+WAIT = 600  # seconds after which a command that is still running is killed
 STARTED: dict[int, tuple[IO[bytes], IO[bytes]]] = {}  # stdout and stderr of what `start` has started
 
 
@@ -68,7 +68,7 @@ def kill_at_rename() -> None:
 def run_python(words: list[str]) -> NoReturn:
     """Do what `python words...` does and end this process."""
     code = 1
-    torch.set_num_threads(1)  # a forked process has no other threads; torch must find out before two threads use it
+    torch.set_num_threads(1)  # torch must learn that a forked process has no other threads
     try:
         words = [word for place, word in enumerate(words) if place or word != "-u"]
         if words[0] in ("-c", "-m"):
@@ -183,7 +183,7 @@ def start(words: list[str], folder: Path, environment: dict[str, str]) -> int:
 
 
 def finish(pid: int) -> tuple[int, str, str]:
-    """Wait for what `start` has started: the exit code, stdout and stderr. The code is negative after a signal."""
+    """Wait for what `start` has started. Returns the exit code, negative after a signal, and stdout and stderr."""
     until = time.monotonic() + WAIT
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         time.sleep(0.02)

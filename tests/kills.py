@@ -39,7 +39,7 @@ def die_at(moment: str, number: int = 0, files: str = "*", by: int = signal.SIGK
             seconds = random.Random(number).uniform(0, 0.02) if moment == "later" else float(moment)
             threading.Timer(seconds, die).start()
 
-    os.replace, os.link = partial(name, os.replace), partial(name, os.link)  # a file gets its name by one of them
+    os.replace, os.link = partial(name, os.replace), partial(name, os.link)  # one of these two gives a file its name
     return met
 
 
@@ -80,5 +80,5 @@ def exit_code(work: Callable[..., Any], *given: object, **named: object) -> int 
 
 
 def on_one_thread(work: Callable[..., Any], *given: object, **named: object) -> None:
-    torch.set_num_threads(1)  # other threads than the one that forks do not exist, and torch would wait for them
+    torch.set_num_threads(1)  # the fork has none of torch's other threads, and torch would wait for them
     work(*given, **named)

@@ -58,7 +58,7 @@ def wheel_files() -> dict[str, bytes]:
 
 
 def write_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, bytes] | None = None) -> Path:
-    """Write the wheel, whose digest is from now on the expected one."""
+    """Write the wheel, and make its digest the expected one."""
     path = folder / sae_probes.WHEEL
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in (files or wheel_files()).items():

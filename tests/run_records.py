@@ -41,7 +41,7 @@ def write_result_record(folder: Path, metric: str, **changes: Any) -> None:
 
 
 def change_record(kind: RecordKind, path: Path, change: Callable[[Any], Any] | Mapping[str, Any]) -> Any:
-    """Change a record on purpose, by a function or some new values, and write it with its digest."""
+    """Change a record by a function or some new values, and write it with the digest of the new content."""
     content = kind.read(path)
     if isinstance(change, Mapping):
         content |= change

@@ -20,7 +20,7 @@ def parse(path: Path) -> ast.Module:
 
 @functools.cache
 def defined(path: Path) -> set[str]:
-    """Every name that a module or package assigns, defines or imports, and the modules beside a package's file."""
+    """Every name that a module assigns, defines or imports; for a package, also the names of its modules."""
     names = {file.stem for file in path.parent.iterdir()} if path.name == "__init__.py" else set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

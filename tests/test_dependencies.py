@@ -28,7 +28,7 @@ KERNELS = {
     f"train/kernels/{name}.py": {"triton"}
     for name in ("batch", "gate", "jump", "largest", "pair", "prefix", "rows", "threshold", "update")
 }
-"""Files of an extra alone, which others import in functions."""
+"""Files that need an extra. Other files import them only inside functions."""
 
 
 def requirements(lines: list[str]) -> dict[str, str]:

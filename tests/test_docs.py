@@ -23,7 +23,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 LINKING = [
     *PAGES, *NOTEBOOKS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "harvest").rglob("*.md")),
 ]  # fmt: skip
-# What stands for the model, the cache and the run that the pages speak of.
+# Replacements for the model, the cache and the run that the pages mention.
 INSTEAD = {
     "google/gemma-2-2b": str(mini.WEIGHTS),
     "activations/gemma-2-2b--pile-uncopyrighted--9f31c2aa": "activations/shown",
@@ -99,7 +99,7 @@ def call(*words: object) -> None:
 
 @pytest.fixture
 def prepared(home: Path, sentences: Path) -> Path:
-    """A cache and a run of layer 12 of gemma-2-mini, as small as they can be, where the pages' names lead."""
+    """A minimal cache and run of layer 12 of gemma-2-mini, at the paths that the pages use."""
     cache = home / "activations" / "shown"
     call("harvest", "--model", mini.NAME, "--dataset", sentences, "--layer", 12, "--tokens", 2100, "--out", cache)
     call(
@@ -171,7 +171,7 @@ def program() -> Any:
 
 
 def descend(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words begin with, and the words behind it."""
+    """The command at the beginning of `words`, and the remaining words."""
     command = program()
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]
@@ -209,7 +209,7 @@ def test_there_is_something_to_check(check: Callable[[], Iterator[Any]]) -> None
 
 
 def test_the_readme_s_test_command_is_what_just_installs_and_tests_with() -> None:
-    """CI installs with `just check`, and so proves the README's command."""
+    """CI installs through `just check`, so this test also verifies the README's command."""
     recipes = dict(re.findall(r"^(\w+):.*\n((?:    .+\n)+)", (ROOT / "justfile").read_text(), re.M))
     steps = [line.strip().replace(" -q ", " ") for name in ("install", "test") for line in recipes[name].splitlines()]
     assert len(steps) == 3 and f"\n{' && '.join(steps)}\n" in (ROOT / "README.md").read_text()

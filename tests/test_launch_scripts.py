@@ -22,7 +22,7 @@ SLURM = {
     "SLURM_JOB_NODELIST": "node[1-4]",
     "SLURM_JOB_NUM_NODES": "4",
 }
-# Programs in place of the real ones: they write down how they are called. srun and torchrun start what they are given.
+# Stand-ins for the real programs, which record their arguments. Those for srun and torchrun also start their command.
 CALLED = """#!{python}
 import json, os, sys
 words = sys.argv[1:]

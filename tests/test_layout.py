@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
 SOURCES = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] in FOLDERS or p.parent == ROOT)
 
-# The folders and single modules that a folder may import, besides itself.
+# Folder -> the folders and single modules that it may import besides itself.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "common": (),
     "cache": ("common",),
@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "workflows": ("cache", "common", "evaluate", "harvest", "train"),
     "cli": ("cache", "common", "evaluate", "harvest", "train", "workflows"),
 }
-# The parts of evaluate/, lowest first: a part may import itself and the parts before it.
+# The levels of evaluate/, lowest first. A part may import itself and the parts of lower levels.
 EVALUATE_ORDER: tuple[tuple[str, ...], ...] = (
     ("artifacts", "charts", "compared_pairs", "sae_text", "statistics"),
     ("context",),
@@ -69,9 +69,9 @@ def text_of(path: Path) -> str:
 
 @functools.cache
 def imports_and_classes(path: Path) -> tuple[list[str], list[str]]:
-    """The modules that a file imports without dots, and the names of its classes.
+    """The modules that a file imports by absolute name, and the names of its classes.
 
-    The syntax trees are not kept: Python would look through millions of nodes for garbage during all later tests.
+    The syntax trees are not kept: the garbage collector would scan their millions of nodes during all later tests.
     """
     modules, classes = [], []
     for node in ast.walk(ast.parse(text_of(path))):

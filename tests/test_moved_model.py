@@ -206,7 +206,7 @@ def test_a_cache_of_an_earlier_version_has_the_path_as_name_and_shows_it_nowhere
 def test_a_remembered_digest_is_not_trusted_once_a_file_has_changed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Size, times and inode are compared. What changed a moment ago is not remembered at all."""
+    """Size, times and inode are compared. The digest of a file that has just changed is not remembered at all."""
     monkeypatch.setattr(models, "REMEMBERED_BYTES", 1)
     monkeypatch.setattr(models, "SETTLED_NS", -1)
     folder = home / "model"

@@ -11,7 +11,7 @@ import pytest
 import sae
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.ipynb"))
-PACKAGES = {"sae", "safetensors", "torch"}  # that a notebook may import besides the standard library
+PACKAGES = {"sae", "safetensors", "torch"}  # what a notebook may import besides the standard library
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -43,6 +43,6 @@ def test_a_notebook_runs_and_prints_where_its_stored_outputs_are(
 ) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in code_cells(notebook):
-        code = ast.Interactive(ast.parse("".join(cell["source"])).body)  # shows the values of expressions
+        code = ast.Interactive(ast.parse("".join(cell["source"])).body)  # so that the values of expressions are shown
         exec(compile(code, f"{notebook.name} [{cell['execution_count']}]", "single"), names)
         assert bool(capsys.readouterr().out) == bool(cell["outputs"]), "".join(cell["source"])

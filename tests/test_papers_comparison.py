@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The scripts, which import each other by bare names. Others of the same names are put back afterwards."""
+    """The scripts, which import each other by bare names. Modules with the same names are restored afterwards."""
     names = ("jobs", "records", "split_texts", "work", "run", "tables", "group_topk")
     before, path = {name: sys.modules.pop(name, None) for name in names}, list(sys.path)
     sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
@@ -41,7 +41,7 @@ def design(scripts):
 
 
 def small_design(scripts, **fixed):
-    """Two systems of one block, of which one has the rate of the other; one model, one layer."""
+    """A design with one model, one layer and the block of baselines, in which one system has the rate of another."""
     whole = scripts.jobs.load_design()
     systems = {
         "relu": whole["system"]["relu"],

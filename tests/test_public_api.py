@@ -1,4 +1,4 @@
-"""The public names of `sae`: batches of a cache, activations of texts, a model that is steered."""
+"""The public names of `sae`: batches of a cache, activations of texts, and a steered model."""
 
 import inspect
 import itertools
@@ -85,7 +85,7 @@ def test_the_package_loads_torch_when_it_is_needed(code: str) -> None:
 
 @pytest.mark.slow
 def test_the_ten_lines_of_the_package_run_all_three_stages(capsys: pytest.CaptureFixture[str]) -> None:
-    """As in `sae.__doc__`, in other sizes."""
+    """They are the lines of `sae.__doc__`, with smaller sizes."""
     lines = [line[4:] for line in (sae.__doc__ or "").splitlines() if line.startswith("    ") or not line]
     code = "\n".join(lines[next(n for n, line in enumerate(lines) if line == "import sae") :])
     for size, small in {
@@ -237,7 +237,7 @@ def tiny(kind: str) -> Any:
 def sae_of(layer: int, site: str = "resid_post", d_in: int = 16) -> SAE:
     torch.manual_seed(1)
     made = SAE(d_in, 32).eval().requires_grad_(False)
-    made.W_dec *= 3.0  # no unit rows, so that it shows whether they are made
+    made.W_dec *= 3.0  # its rows are not unit rows, so normalizing them would show
     made.origin = {"layer": layer, "site": site}
     return made
 

@@ -193,7 +193,7 @@ def bench(tiny_llama, sentences, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(bench, tiny_llama):
-    """The same cache, model and SAEs as forward_hooks.py opens them, and what it measures."""
+    """The cache, model and SAEs of `bench`, opened by forward_hooks.py, and its measurements."""
     hooks = script("forward_hooks")
     cache = hooks.PlainCache(bench[0].folder)
     model, saes = hooks.load_plain_model(tiny_llama, cache), [hooks.load_plain_sae(run) for run in bench[1]]

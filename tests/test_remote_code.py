@@ -96,7 +96,7 @@ def test_code_of_a_model_folder_is_not_run(
 def test_code_that_a_part_of_a_configuration_names_is_not_run(
     hostile: Callable[[Path], Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """transformers loads the configuration of a backbone by itself, without passing trust_remote_code on."""
+    """transformers loads the configuration of a backbone without passing trust_remote_code on."""
     backbone = hostile(shutil.copytree(tiny_model, tmp_path / "backbone"))
     edited(backbone, model_type="own", auto_map=OWN_MODEL)
     outer = tmp_path / "outer"
@@ -192,7 +192,7 @@ def loading_calls(path: Path) -> list[ast.Call]:
 
 
 def refuses(call: ast.Call) -> bool:
-    """Whether a call says trust_remote_code=False."""
+    """Whether a call passes trust_remote_code=False."""
     given = {word.arg: word.value for word in call.keywords}
     value = given.get("trust_remote_code")
     return isinstance(value, ast.Constant) and value.value is False

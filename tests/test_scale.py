@@ -134,7 +134,7 @@ def test_a_slow_link_decides_how_long_a_sweep_takes() -> None:
 
 
 def test_one_process_pulls_what_the_schedule_of_the_program_says() -> None:
-    """Three layers in a row, the middle one twice, since its runs do not fit on the GPU together."""
+    """Each layer takes two passes, because its runs do not fit on the GPU together."""
     memory = replace(UNLIMITED, gpu_memory=16e9, step_memory=10e9)
     sweep = Sweep(
         gpus=1, gpus_per_node=1, recipes=("topk",), seeds=6, layers=(5, 12), local_cache=3e11, constants=memory

@@ -62,7 +62,7 @@ def sentencepiece_bpe() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """Like T5's and XLM-R's: special tokens are pieces of the model with the best score."""
+    """Like T5's and XLM-R's: special tokens are pieces of the model, and have the best score."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()

@@ -253,7 +253,7 @@ def test_an_old_name_behind_a_double_dash_or_as_a_value_is_not_a_flag(tmp_path: 
 
 
 def lines_of_prefixes(text: str) -> dict[tuple[str, ...], int]:
-    """The line of each key by its definition: the first prefix of the text that has the key ends on its last line."""
+    """Compute the line of each key by definition: the shortest prefix of the text with the key ends on that line."""
     lines, line_of, start = text.splitlines(keepends=True), dict[tuple[str, ...], int](), 1
     for number in range(1, len(lines) + 1):
         with contextlib.suppress(tomllib.TOMLDecodeError):

@@ -88,7 +88,7 @@ def test_an_imported_run_cannot_be_resumed(run, tmp_path):
 def test_from_python(run, tmp_path):
     exported = sae.export_sae(run, "dictionary-learning", tmp_path / "out")
     assert exported.check.passed and {path.name for path in exported.files} == {"ae.pt", "config.json"}
-    imported = sae.import_sae(exported)  # a result is a path
+    imported = sae.import_sae(exported)  # the result of an export can be used as a path
     assert imported.sae.encode(torch.zeros(1, 8)).shape == (1, 16)
     assert json.loads((imported.folder / "run.json").read_text())["imported_from"]["format"] == "dictionary-learning"
     assert load_sae(imported).d_sae == 16

@@ -1,4 +1,4 @@
-"""`sae data`: what is listed, and that data are got once."""
+"""`sae data` lists the data sets, and downloads each only once."""
 
 from pathlib import Path
 

@@ -258,7 +258,7 @@ SENSELESS = [
 
 @pytest.mark.parametrize("words", SENSELESS, ids=lambda words: " ".join(words)[:40])
 def test_senseless_numbers_are_refused_when_they_are_read(words, monkeypatch):
-    """By the parser of the command line: the command itself, which would look for runs and models, does not begin."""
+    """The parser refuses them. The command itself, which would look for runs and models, does not start."""
     monkeypatch.setattr("sae.cli.console._run_command", lambda *_: pytest.fail("the command has begun"))
     result = call(*words)
     assert result.exit_code == BAD_USAGE, result.output
@@ -328,7 +328,7 @@ def test_damaged_weights_are_rejected(tiny_cache, home):
 
 
 def test_metrics_that_a_reference_cannot_have_are_not_failures(tiny_cache, home, monkeypatch):
-    """The identity has no directions, so it has no absorption; the run was measured, and the exit code is 0."""
+    """The identity has no directions and so no absorption. The run itself is measured, and the exit code is 0."""
     from sae.evaluate.metrics.base import MetricResult
     from sae.evaluate.metrics.core import Core
     from sae.evaluate.metrics.registry import METRICS
@@ -542,7 +542,7 @@ def test_sigterm_is_as_ctrl_c_in_every_command(capsys):
 
 def test_a_narrow_terminal_does_not_break_the_numbers_of_a_table(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then takes the output for a terminal
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich then treats the output as a terminal
     show_table("t", ["run", *"abcdefgh"], [["topk-L12-n512-s0-dd3101", *["0.9755 ±.0028"] * 8]])
     assert capsys.readouterr().out.count("0.9755 ±.0028") == 8
 
@@ -556,7 +556,7 @@ def test_a_table_shows_names_verbatim_and_its_title_on_one_line(capsys):
 
 
 def test_characters_that_the_output_cannot_encode_are_replaced(monkeypatch):
-    """LANG=C on an old machine, ISO-8859-1, a code page of Windows: the table is still printed."""
+    """The table is still printed with LANG=C on an old machine, ISO-8859-1 or a Windows code page."""
     out = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(sys, "stdout", out)
     cli_command(lambda: show_table("t", ["run", "EV \u2191"], [["a", "1 \u00b1.5"]]))()

@@ -23,7 +23,7 @@ SHOWN = r"[red]x[/]\x1b[2J\x1b]0;title\x07\r\xff[/nothing]"
 def test_every_line_of_a_command_is_printed_by_one_of_three_modules():
     """No other module writes to the terminal, so no name can reach the terminal unescaped."""
     printers = ("cli/printing.py", "cli/console.py", "evaluate/pages/terminal.py")
-    by_hand = ("harvest/mini/pretrain.py", "harvest/mini/quality.py", "__main__.py")  # scripts, and one fixed sentence
+    by_hand = ("harvest/mini/pretrain.py", "harvest/mini/quality.py", "__main__.py")  # scripts; a fixed message
     folders = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
     writing = {"print", "typer.echo", "typer.secho", "typer.confirm", "typer.prompt", "Console"}
     found = set()

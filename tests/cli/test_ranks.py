@@ -31,7 +31,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_process_shows_the_runs_of_all(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """A logger gets those of its own process; a line of an earlier version is in no table."""
+    """A logger gets the runs of its own process. A log line of an earlier version does not appear in the table."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     logged: list[str] = []
     monkeypatch.setattr(loggers.Loggers, "log", lambda self, metrics: logged.extend(metrics))
@@ -101,7 +101,7 @@ def test_an_error_that_is_said_before_a_process_leaves_is_printed_once(second: N
 
 
 def test_a_dry_run_shows_the_deal(tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plan is agreed on by all processes, here one that stands for two."""
+    """All processes agree on the plan. Here one process stands for two."""
     monkeypatch.setattr("sae.train.plan.rank_and_count", lambda: (0, 2))
     words = ["train", "--cache", str(tiny_cache.folder), "--layer", "1", "--variant", "relu", "--steps", "4"]
     words += ["--seed", "0", "--seed", "1", "--batch-size", "64", "--width", "2x", "--device", "cpu", "--dry-run"]

@@ -61,7 +61,7 @@ def test_the_table_names_the_reading_counts_verdicts_and_says_what_they_mean(cap
     ]
     notes = {
         "ev": ["`merged` of full stayed 0 until the end", "layer 5 of 19"],
-        "ev-change": ["layer 5 of 19", "the same comparison as ev"],  # which its verdict's cell says already
+        "ev-change": ["layer 5 of 19", "the same comparison as ev"],  # the cell of its verdict says this too
     }
     rows = [
         ClaimResult(one, "1 and 2", 3, "contradicted", notes[one.id], "-1 (-1.5 to -0.5, 95%)", not one.restates)

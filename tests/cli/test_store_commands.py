@@ -1,4 +1,4 @@
-"""Commands on an address: what they refuse in one sentence, and that no credential is printed, recorded or uploaded."""
+"""Commands with an address: each refusal is one sentence, and no credential is printed, recorded or uploaded."""
 
 import sys
 from pathlib import Path

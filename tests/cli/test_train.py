@@ -28,7 +28,7 @@ NUMBERS = "loss 0.5123, L0 32.0, EV 0.750, dead 12.5%"
     [
         (["topk-a"], True, NUMBERS),
         (["topk-a"], False, NUMBERS),
-        (["topk-a", "relu-b"], True, ""),  # the table under the bar has them all
+        (["topk-a", "relu-b"], True, ""),  # the table below the progress bar shows all runs
         (["topk-a", "relu-b"], False, f"topk-a: {NUMBERS}"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_page_shows_defaults_types_equations_and_measurements() -> None:
     assert "direction=symmetric               symmetric | child_only | parent_only\n" in page
     assert "alpha = min(1, t / t_w)" in page
     assert "measured  L0 6, explained variance 0.7268, KL score 0.9217" in page
-    assert "weight_decay=0.01" in output_of("hierarchical")  # the recipe's own default of a shared option
+    assert "weight_decay=0.01" in output_of("hierarchical")  # the recipe's default for a shared option
 
 
 def test_several_pages_at_once() -> None:

@@ -30,7 +30,7 @@ def test_a_missing_gpu_raises() -> None:
 
 
 def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while it plans: else all of them would time the model on the first."""
+    """This also holds during planning: otherwise all processes would time the model on the first GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [resolve_device(d) for d in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda", "cuda", "cuda:1", "cpu"]
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -44,7 +44,7 @@ def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_and_evaluation_keep_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a step of `jumprelu` takes an eighth longer on a CPU."""
+    """Otherwise a step of `jumprelu` would take an eighth longer on a CPU."""
     kept = []
     for module in (train_run, evaluate_run):
         monkeypatch.setattr(module, "keep_freed_memory", lambda module=module: kept.append(module))

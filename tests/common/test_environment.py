@@ -22,7 +22,7 @@ TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of two files, next to a test and a virtual environment that do not belong to it."""
+    """A package of two files, in a folder with a test and a virtual environment that do not belong to the package."""
     for name in ("__init__.py", "train/loop.py", "tests/test_it.py", ".venv/lib/other.py"):
         (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / name).write_text(f"# {name}\n")
@@ -70,7 +70,7 @@ def test_an_installed_package_is_compared_with_its_wheel(package: Path, monkeypa
     assert (fresh_revision()["commit"], fresh_revision()["changed"]) == (None, False)
     (package / "train/loop.py").write_text("# another\n")
     assert fresh_revision()["changed"] is True
-    installed.clear()  # not installed from a wheel
+    installed.clear()  # as if not installed from a wheel
     assert fresh_revision()["changed"] is None
 
 

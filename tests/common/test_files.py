@@ -24,7 +24,7 @@ def test_digest_of_ignores_the_order_of_keys() -> None:
 def test_two_writers_of_one_file_do_not_take_each_other_s_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second begins and ends before the first has flushed: of another container with the same process id."""
+    """The second writer, in a container with the same process ID, starts and ends before the first has flushed."""
     path, flush, names = tmp_path / "a.json", os.fsync, []
 
     def second(descriptor: int) -> None:

@@ -25,7 +25,7 @@ def test_paths_are_shortened_to_a_pattern_only_if_a_shell_would_find_the_same_pa
     for run in runs:
         run.mkdir(parents=True)
     pattern, listed = f"'{folder}'/*", [f"'{run}'" for run in runs]
-    (folder / ".hidden").touch()  # which `*` does not match
+    (folder / ".hidden").touch()  # `*` does not match it
     assert shell_paths(runs) == pattern
     assert shell_paths(runs[:2]) == " ".join(listed[:2])
     (folder / "d").mkdir()

@@ -1,4 +1,4 @@
-"""Processes that end, hang or never start are named. Threads with a store in memory stand for processes."""
+"""Processes that end, hang or never start are named. Threads with an in-memory store simulate processes."""
 
 import os
 import subprocess
@@ -146,7 +146,7 @@ def test_time_for_which_this_process_was_stopped_too_is_no_silence(store: Any, m
 
 
 def test_rank_0_which_may_keep_the_store_ends_last(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 is dead; rank 2 works on for a while, and has to find that out too."""
+    """Rank 1 is dead. Rank 2 works on for a while, and must be able to find that out from the store too."""
     monkeypatch.setattr(heartbeat, "FAREWELL", 0)
     monkeypatch.setattr(heartbeat, "PATIENCE", 60)
     child = subprocess.Popen([sys.executable, "-c", ""])

@@ -7,7 +7,8 @@ from sae.common.learning_rate import peak_share, rate_share
 from sae.train.optimization import Optimization
 
 SCHEDULES = [(1, 0, 0.8), (1, 5, 1.0), (40, 4, 0.8), (40, 40, 0.8), (40, 36, 0.5), (41, 60, 0.3), (40, 200, 0.0)]
-# The decay begins first, and the warm-up ends before the middle; the decay begins between two steps.
+# In the first, the decay begins before the warm-up ends, which is before the middle. In the second, it begins between
+# two steps.
 SCHEDULES += [(40, 10, 0.1), (41, 60, 0.8)]
 
 

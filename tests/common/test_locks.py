@@ -1,4 +1,4 @@
-"""The locks of folders: of one writer, of several that share a folder, and on a disk that has none."""
+"""Locks of folders: for one writer, for several that share a folder, and on a disk without locks."""
 
 import errno
 import fcntl
@@ -142,7 +142,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path, monkeypatch
 def test_a_disk_without_locks_is_refused_where_two_writers_would_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    """No file stands for the lock instead: one that a kill leaves behind would lock the folder for ever."""
+    """The mere existence of a file is not used as a lock: after a kill it would lock the folder forever."""
 
     def refuse(*_: object) -> None:
         raise OSError(error, os.strerror(error))
@@ -156,11 +156,11 @@ def test_a_disk_without_locks_is_refused_where_two_writers_would_mix(
             pass
     assert not is_locked(tmp_path) and not was_abandoned(tmp_path)
     with (
-        shared_lock(tmp_path, "sae harvest --share 1/2"),  # whose windows do not depend on it
+        shared_lock(tmp_path, "sae harvest --share 1/2"),  # the windows of a share do not depend on the lock
         shared_lock(tmp_path, "sae harvest --share 2/2"),
     ):
         (tmp_path / "c.0.0.tmp-12345").touch()
-    assert (tmp_path / "c.0.0.tmp-12345").exists()  # perhaps of a third one
+    assert (tmp_path / "c.0.0.tmp-12345").exists()  # it could belong to a third share
     monkeypatch.undo()
     with writer_lock(tmp_path, "sae train"):
         assert is_locked(tmp_path)

@@ -90,7 +90,7 @@ def test_a_cache_is_not_called_damaged(set_limit, make_cache) -> None:
         lambda: cache.read_chunk("layer_05", 0),
         lambda: cache.row_norms("layer_05"),
         lambda: cache.contexts(held_out=False),
-        lambda: list(remove_damaged_records(FolderPlace(cache.folder))),  # which deletes what is damaged
+        lambda: list(remove_damaged_records(FolderPlace(cache.folder))),  # deletes damaged records
     ):
         with pytest.raises(UnavailableError, match=SENTENCE), explaining_files_limit():
             call()

@@ -1,4 +1,4 @@
-"""Records: what is written is read back, and nothing else is read in silence."""
+"""Records that were written are read back, and changed records are never read silently."""
 
 import hashlib
 import json

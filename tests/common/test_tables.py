@@ -1,4 +1,4 @@
-"""Rows of files that others wrote: only the columns asked for matter, and a row that cannot be decoded ends nothing."""
+"""Rows of foreign files: only requested columns are read, and reading goes on after a row that cannot be decoded."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def test_other_columns_do_not_matter(rows_of) -> None:
         (b'{"text": ', "it is not JSON (Expecting value at character 8)"),
         (b'{"text": "caf\xe9"}', "byte 13 is not UTF-8"),
         (b'{"text": "\\ud800"}', "it has half of a surrogate pair"),
-        (b"null", "expected an object, found null"),  # ends the process in pyarrow
+        (b"null", "expected an object, found null"),  # crashes the process if pyarrow reads it
         (b'"text"', "expected an object, found \"text\""),
         (b'{"text": ' + b"9" * 5000 + b"}", "it is not JSON (Exceeds the limit"),
         (('{"text": "a", "x": ' + DEEP + "}").encode(), "it is nested more than 200 levels deep"),
@@ -91,7 +91,7 @@ def test_depth_is_counted_outside_strings(rows_of) -> None:
     brackets = "[{" * 3000
     quoted = json.dumps({"text": brackets + '\\" \\', "x": 1})
     assert rows_of(quoted) == [brackets + '\\" \\']
-    for depth, read in ((199, "a"), (200, None)):  # with the object, 200 and 201
+    for depth, read in ((199, "a"), (200, None)):  # 200 and 201 levels, counting the object
         row = '{"x": %s, "text": "a"}' % ("[" * depth + "]" * depth)
         (found,) = rows_of(row)
         assert found == read or (read is None and "nested more than 200" in found)
@@ -134,7 +134,7 @@ def test_compressed_files_are_read_to_the_end_of_the_last_frame(rows_of) -> None
 
 
 def bad_strings(count: int, bad: int) -> pa.Array:
-    """Strings of which number `bad` is not UTF-8."""
+    """An array of strings, in which the string at index `bad` is not valid UTF-8."""
     raw = pa.array([f"row {n}".encode() + b"\xff" * (n == bad) for n in range(count)], pa.binary())
     return pa.Array.from_buffers(pa.string(), count, raw.buffers())
 

@@ -97,9 +97,9 @@ def copy(folder: Path, to: Path, home: Path) -> None:
 
 
 def old_home(home: Path, *, finished: bool = False) -> Path:
-    """The home that the earlier commit wrote, with its runs interrupted or finished.
+    """Copy the home that the earlier commit wrote, with its runs either interrupted or finished.
 
-    The folders have other names in the repository, because git ignores activations/ and runs/.
+    In the repository its folders have other names, because git ignores activations/ and runs/.
     """
     home = home.resolve()
     home.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, bytes]:
 
 
 def content_of(path: str, files: dict[str, bytes]) -> Any:
-    """The content of one of these files; of a record without its digest, which writing into its cache adds."""
+    """The content of one of these files. A record is returned without its digest, which writing into its cache adds."""
     if not path.endswith(".json"):
         return files.get(path)
     record = json.loads(files[path])
@@ -158,10 +158,10 @@ def assert_close(old: torch.Tensor, new: torch.Tensor, within: float = CLOSE) ->
 
 
 def assert_finished(run: Path, bounds: RoundingBounds | None = None) -> None:
-    """The run equals the one that the earlier commit finished without an interruption, but for rounding."""
+    """Assert that the run equals, up to rounding, the uninterrupted run of the earlier commit."""
     finished, home = OLD / "finished" / run.name, run.parents[1]
     record, earlier = json.loads((run / "sae.json").read_text()), json.loads(text_of(finished / "sae.json", home))
-    record["origin"]["model"]["name"] = earlier["origin"]["model"]["name"]  # a folder is named by its digest now
+    record["origin"]["model"]["name"] = earlier["origin"]["model"]["name"]  # the name now contains the digest
     bounds = bounds or rounding_bounds(record["origin"]["variant"])
     assert list(differences(earlier, record, {"sha256"})) == []
     assert record["sha256"] == hashlib.sha256((run / "sae.safetensors").read_bytes()).hexdigest()
@@ -180,7 +180,7 @@ def assert_finished(run: Path, bounds: RoundingBounds | None = None) -> None:
 
 
 def counted_outliers(home: Path, path: str) -> bool:
-    """Whether a result is of a run on a cache with a limit of the norm: earlier versions counted its outlier rows."""
+    """Whether a result is of a run whose cache has a norm limit. For these, earlier versions counted outlier rows."""
     latest = home / "/".join(path.split("/")[:2]) / "evaluations" / "core.json"
     return path.startswith("runs/") and "norm_limit" in json.loads(latest.read_text())["eval_config"]
 
@@ -210,7 +210,7 @@ def finished(tmp_path: Path) -> Path:
 
 
 def chunk_of(cache: Any, name: str, number: int) -> torch.Tensor:
-    """The rows of a chunk. `read_chunk` was called `chunk` before."""
+    """The rows of a chunk. In earlier versions `read_chunk` was called `chunk`."""
     read = getattr(cache, "read_chunk", None) or cache.chunk
     return torch.from_numpy(read(name, number).copy()).view(torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Steps that are captured in CUDA graphs, beside the same steps taken eagerly, both on the simulated GPU."""
+"""Steps captured in CUDA graphs, to compare with the same steps taken eagerly, both on the simulated GPU."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -139,7 +139,7 @@ def waits_for_no_join(stream: streams.Stream, other: streams.Stream) -> None:
 
 
 def computes_between(dead: DeadLatents, step: Step) -> None:
-    """No mistake: the error is computed where it is asked for first, here between two steps."""
+    """This is not a mistake. The error is computed at its first use, here between two steps."""
     assert step._error_BD is None
     BETWEEN(dead, step)
     dead.since_F.add_((1000 * step.error_BD.square().sum()).long())

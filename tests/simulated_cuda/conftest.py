@@ -10,7 +10,7 @@ from .gpu import SimulatedGPU
 
 @pytest.fixture(scope="session")
 def gpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedGPU]:
-    """A simulated GPU in a process of its own. Tests that ask for it are skipped where it cannot be built."""
+    """A simulated GPU in a separate process. Tests that use it are skipped where it cannot be built."""
     assert request.config.cache is not None
     try:
         library = build_hooks(request.config.cache.mkdir("simulated_cuda"))

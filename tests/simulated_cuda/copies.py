@@ -34,15 +34,16 @@ def wrong_batches(orders: int, without: str = "") -> list[int]:
 
 
 def send_batches(chance: random.Random, without: str) -> list[bool]:
-    """A loader's reading and a training loop's steps, interleaved at random; for each step whether its batch is right.
+    """Interleave the reads of a loader and the steps of a training loop at random.
 
-    The step is queued on a stream that runs late too, so a copy can come too early as well as too late.
+    Steps are queued on a stream that runs late too, so a copy can run too early as well as too late. Returns for each
+    step whether its batch is right.
     """
     compute = streams.Stream()
     with streams.use_stream(compute), removed(without, compute):
         slots = [pin(torch.full((WIDTH,), -1.0)) for _ in range(SLOTS)]
         copier = HostToDevice(slots, GPU)
-        copier.stream.hurries = lambda: chance.random() < 0.3  # between late and at once
+        copier.stream.hurries = lambda: chance.random() < 0.3  # some jobs run late, others at once
         if without == "copy waits for the step":
             copier.stream.wait_event = lambda event: None  # type: ignore[method-assign]
         free, filled, lent, right = list(range(SLOTS)), {}, None, []
@@ -75,7 +76,7 @@ def send_batches(chance: random.Random, without: str) -> list[bool]:
 
 
 def wrong_batches_of_a_loader(folder: Path, count: int) -> list[int]:
-    """The batches of a cache that a step would have read wrongly, all of whose steps run after the last is queued."""
+    """The batches of a cache that steps read wrongly. All steps run after the last one has been queued."""
     cache, compute = Cache(folder), streams.Stream()
     with BatchLoader(cache, "layer_00", 64) as batches:
         expected = [next(batches).clone() for _ in range(count)]
@@ -96,13 +97,13 @@ def wrong_batches_of_a_loader(folder: Path, count: int) -> list[int]:
 
 
 def wrong_windows(orders: int, without: str = "") -> list[int]:
-    """The random orders in which `DeviceCopy` put other rows into a window than those that were sent."""
+    """The seeds of the random orders in which `DeviceCopy` puts other rows into a window than those that were sent."""
     with simulated_gpu():
         return [seed for seed in range(orders) if not send_rows(random.Random(seed), without)]
 
 
 def send_rows(chance: random.Random, without: str) -> bool:
-    """Passes of a model that compute late, whose memory is used again as soon as torch would allow it."""
+    """Send the rows of forward passes that compute late; their memory is reused as soon as torch would allow it."""
     compute, passes, rows = streams.Stream(), 12, 5
     window = np.zeros((passes * rows, WIDTH), np.uint16)
     slot = np.random.default_rng(chance.randrange(1 << 30)).permutation(len(window))
@@ -110,7 +111,7 @@ def send_rows(chance: random.Random, without: str) -> bool:
     with streams.use_stream(compute), removed(without, compute):
         copy = DeviceCopy(GPU)
         assert copy.cuda_stream is not None
-        copy.cuda_stream.hurries = lambda: chance.random() < 0.3  # between late and at once
+        copy.cuda_stream.hurries = lambda: chance.random() < 0.3  # some jobs run late, others at once
         if without == "copy waits for the pass":
             copy.cuda_stream.wait_stream = lambda other: None  # type: ignore[method-assign]
         if without == "host waits for the copy":
@@ -130,7 +131,7 @@ def send_rows(chance: random.Random, without: str) -> bool:
 
 
 def wrong_windows_of_a_gpu(orders: int, without: str = "") -> list[int]:
-    """The random orders in which a window that was placed on the GPU, or its norms and moments, arrived otherwise."""
+    """The seeds of the random orders in which a GPU window, or its norms and moments, arrive with wrong values."""
     with simulated_gpu():
         return [seed for seed in range(orders) if not send_windows(random.Random(seed), without)]
 
@@ -174,7 +175,7 @@ def wrong_checkpoints(orders: int, without: str = "") -> list[int]:
 
 
 def save_states(chance: random.Random, without: str) -> bool:
-    """Steps that change a state in place, on a stream that runs late, and checkpoints between them."""
+    """Run steps that change a state in place, on a stream that runs late, and save checkpoints between them."""
     compute, other = streams.Stream(), streams.Stream()
     state = {name: SimulatedTensor(torch.full((WIDTH,), -1.0)) for name in ("weights", "moments")}
     written: dict[int, list[float]] = {}
@@ -222,7 +223,7 @@ def save_states(chance: random.Random, without: str) -> bool:
 
 @contextlib.contextmanager
 def removed(what: str, compute: streams.Stream) -> Iterator[None]:
-    """One wait left out, by name; the others are left out where the streams are at hand."""
+    """Remove the wait with this name. Names not listed here are handled where the streams are created."""
     patches = {
         "step waits for the copy": (compute, "wait_event"),
         "reader waits for the copy": (HostToDevice, "wait_until_copied"),

@@ -33,7 +33,7 @@ from .tensors import SimulatedTensor, shapes, tensors_of
 
 class Cost(NamedTuple):
     launches: int
-    flops: int  # of products and solvers; elementwise arithmetic takes no longer than the bytes that it reads
+    flops: int  # of products and solvers; elementwise arithmetic is limited by its bytes
     bytes: int
 
 
@@ -43,7 +43,7 @@ class Operation(NamedTuple):
     name: str
     inputs: str  # types and shapes
     line: str  # the line of the package that calls it
-    dtype: str  # in which its products are computed
+    dtype: str  # the dtype in which its products are computed
     cost: Cost
 
 
@@ -74,7 +74,7 @@ def size(tensor: Tensor) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Lists the operations on the simulated GPU that launch a kernel."""
+    """Records the operations on the simulated GPU that launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def sum_rows(call: Call) -> Cost:
 
 
 def jump(call: Call) -> Cost:
-    """A kernel for parts of the tokens, and the sum of the parts by torch."""
+    """A kernel computes parts of the tokens, and torch sums the parts."""
     z_BF, with_gradient = call.args[0], call.name == "jump_gradients"
     tokens, width = z_BF.shape
     elements, sums = (3 * z_BF.element_size(), 1) if with_gradient else (z_BF.element_size(), 2)
@@ -203,7 +203,7 @@ def jump(call: Call) -> Cost:
 
 
 def gate(call: Call) -> Cost:
-    """A kernel for parts of the tokens, and the sums of the parts by torch."""
+    """A kernel computes parts of the tokens, and torch sums the parts of each result."""
     z_BF, with_gradient = call.args[0], call.name == "gate_gradients"
     tokens, width = z_BF.shape
     passes, sums, scalars = (4, 3, 1) if with_gradient else (3, 2, 0)
@@ -238,7 +238,7 @@ def following(call: Call) -> Cost:
 
 
 def normalizing(call: Call) -> Cost:
-    """Two kernels, and the sum of the squares of blocks of columns by torch."""
+    """Two kernels; then torch sums the squares of blocks of columns."""
     x_BD, _, _, b_D, dtype = call.args
     elements = x_BD.element_size(), dtype.itemsize
     launches, moved = kernel_cost.of_normalizing(*x_BD.shape, elements, b_D is not None, BATCH_TILE)
@@ -275,7 +275,7 @@ def fused_adam(call: Call) -> Cost:
 
 
 def foreach(call: Call) -> Cost:
-    """One kernel for every 60 tensors; a norm needs a second one."""
+    """One kernel for every 60 tensors. A norm needs one more kernel."""
     changed = sum(map(size, tensors_of(call.args[0]))) if call.name.endswith("_") else call.written
     launches = 1 + len(call.args[0]) // 60 + ("norm" in call.name)
     return Cost(launches, 0, sum(map(size, call.inputs)) + changed)
@@ -290,7 +290,7 @@ def copy(call: Call) -> Cost:
 
 
 def solver(launches: int, flops: Callable[[int, int], float]) -> Callable[[Call], Cost]:
-    """Of a matrix (m, n), in so many launches and FLOPs. Solvers stay far below the speed of products."""
+    """The cost of a solver for a matrix (m, n). Solvers are far slower than products with the same FLOPs."""
 
     def cost(call: Call) -> Cost:
         *batch, m, n = call.args[0].shape

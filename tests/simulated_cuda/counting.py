@@ -27,11 +27,11 @@ STEPS = 4882  # of the run that the step is taken from: ten million tokens in ba
 
 
 class Counted(NamedTuple):
-    """The operations of one step, and what the smallest possible cost depends on."""
+    """The operations of one step, and the numbers that determine the smallest possible cost."""
 
     operations: list[Operation]
     parameters: int
-    kept: float | None  # latents per token that the activation keeps, if that is a number
+    kept: float | None  # latents per token that the activation keeps, if that number is fixed
 
 
 def count_step(

@@ -1,4 +1,4 @@
-"""An evaluation on the simulated GPU, beside the same on the CPU."""
+"""An evaluation on the simulated GPU, to compare with the same evaluation on the CPU."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ from .training import differences
 
 
 def measure(folder: Path, runs: Sequence[Path], **config: Any) -> dict[str, Any]:
-    """The same metrics of copies of the same runs on both devices.
+    """Measure the metrics of copies of the same runs on both devices.
 
-    Returns the numbers by which they differ (`apart`), the numbers that there are, the errors, and how often the host
-    waited in each line.
+    Returns the numbers that differ (`apart`), the count of all numbers, the errors, and how often the host waited at
+    each line.
     """
     found = {}
     for device in ("cpu", "cuda"):
@@ -41,7 +41,7 @@ def measure(folder: Path, runs: Sequence[Path], **config: Any) -> dict[str, Any]
 
 
 def numbers(rows: Sequence[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns run -> metric -> category -> name -> number, and the errors."""
+    """Return run -> metric -> category -> name -> number, and the errors."""
     values = {
         row.name: {
             metric: {

@@ -1,4 +1,4 @@
-"""Mistakes that a mechanism could make in a step, to see that they are found. A test looks for each line here."""
+"""Mistakes that a mechanism could make in a step, to test that they are found. Tests refer to lines of this file."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def sums_cumulatively(step: Step) -> None:
 
 
 def keeps_the_order(step: Step) -> None:
-    """Writes to each place once, adds what is exact, sums integers: in any order the same bits."""
+    """Writes each element once, adds exact numbers, and sums integers, so any order gives the same bits."""
     place_B, device = some_of(step, len(step.x_BD)), step.x_BD.device
     torch.zeros(len(place_B), device=device).index_add_(0, place_B, step.x_BD[:, 0])
     torch.zeros(len(place_B), device=device).scatter_(0, place_B, step.x_BD[:, 0])
@@ -98,7 +98,7 @@ class _ReadsInBackward(torch.autograd.Function):
 
 @contextlib.contextmanager
 def after_each_step(fault: str) -> Iterator[None]:
-    """A mechanism that makes a mistake after each step."""
+    """A context in which a mechanism makes the mistake `fault` after each step."""
     mistake: Callable[[Step], None] = globals()[fault]
     original = DeadLatents.after_step
 

@@ -1,4 +1,4 @@
-"""What never reaches an operation: torch.tensor, pinned memory, streams, and the properties of the GPU."""
+"""Replacements for what is not dispatched as an operation: torch.tensor, pinned memory, streams, GPU properties."""
 
 import contextlib
 import threading
@@ -52,7 +52,7 @@ def listed(index: Any) -> Any:
 
 
 class Memory:
-    """What torch.cuda.mem_get_info answers, in bytes."""
+    """The numbers that torch.cuda.mem_get_info returns, in bytes."""
 
     free = 100 * GIB
     total = 140 * GIB

@@ -45,7 +45,7 @@ class CUDAGraph:
             stream.jobs, stream.done = [], 0
 
     def joined(self) -> bool:
-        """Whether the capture's stream waits for all work of the others, directly or through others."""
+        """Whether the capture's stream waits, directly or indirectly, for all work of the other streams."""
         assert self.origin is not None
         reached = dict.fromkeys(self.jobs, 0)
         ahead = [(self.origin, len(self.jobs[self.origin]))]

@@ -11,8 +11,8 @@ from math import prod
 from sae.train.kernels.division import Division, Way
 from sae.train.kernels.update_layout import Rows
 
-INDEX, NUMBER = 8, 4  # bytes of a resulting index (int64), and of counts, bounds and places in between (int32)
-DIGIT = 256 * NUMBER  # of the counts of a digit's values
+INDEX, NUMBER = 8, 4  # bytes of an index in a result (int64), and of intermediate counts, bounds and indices (int32)
+DIGIT = 256 * NUMBER  # bytes of the counts of the values of a digit
 
 
 def of_largest(division: Division, rows: int, n: int, k: int, element: int) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def of_decode(counts: Sequence[float], width: int, element: int, tile: tuple[int
     """Decode tokens with `counts` latents each, from rows of `width` elements."""
     if not counts:
         return 0, 0
-    (block, chunk), moved = tile, -INDEX  # the last token reads no next start
+    (block, chunk), moved = tile, -INDEX  # the last token has no next start to read
     chunks = -(-width // chunk)
     for count in counts:
         first, more = min(count, block), max(count - block, 0)

@@ -118,7 +118,7 @@ def line() -> str:
 
 @contextlib.contextmanager
 def watched(owner: type, method: str, ledgers: list[Ledger]) -> Iterator[None]:
-    """A ledger of its own for each call of a method."""
+    """Record each call of a method in a new ledger, and append that to `ledgers`."""
     original: Callable[..., Any] = getattr(owner, method)
 
     @functools.wraps(original)

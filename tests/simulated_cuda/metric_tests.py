@@ -31,7 +31,7 @@ TESTS = Path(__file__).parents[1] / "evaluate" / "metrics"
 
 @dataclass
 class Outcome:
-    """What became of the tests, and of the host in their measurements."""
+    """The results of the tests, and the waits of the host in their measurements."""
 
     passed: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # test -> its report
@@ -61,7 +61,7 @@ def owner_of_measure(metric: type[Metric]) -> type[Metric]:
 
 
 def on_gpu(measure: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
-    """`Metric.measure` with its model and its SAEs on the simulated GPU."""
+    """Wrap `Metric.measure` so that its model and SAEs are on the simulated GPU."""
 
     @functools.wraps(measure)
     def measured(self: Metric, ctx: Any, targets: Sequence[Any], progress: Any) -> Any:
@@ -85,7 +85,7 @@ def moved_model(model: LanguageModel) -> LanguageModel:
 
 
 def moved_sae(sae: Any) -> Any:
-    """An SAE of a test on the GPU: a module, or an object with tensors."""
+    """A copy on the GPU of a test's SAE, which is a module or an object with tensors."""
     if isinstance(sae, nn.Module):
         return copy.deepcopy(sae).to("cuda")
     there = copy.copy(sae)

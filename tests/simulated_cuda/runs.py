@@ -1,4 +1,4 @@
-"""Whole runs of `sae train` on the simulated GPU, beside the same on the CPU."""
+"""Whole runs of `sae train` on the simulated GPU, to compare with the same runs on the CPU."""
 
 import json
 import os
@@ -28,17 +28,16 @@ STEPS = 12
 
 
 def train(folder: Path, cache: Path, recipes: Sequence[str], resident: bool, capture: str) -> dict[str, Any]:
-    """The same runs on both devices, those of the GPU also killed after half of their steps and resumed.
+    """Train the same runs on both devices. On the GPU they also train a second time, stopped halfway and resumed.
 
     Every fortieth row is an outlier. `resident` says whether the loader keeps the rows on the GPU, `capture` whether
-    steps are captured there. Returns what made
-    the host wait in a step, for a batch or to save checkpoints (`waits`), the files that are not equal byte for byte
-    (`apart`), and how many copies were queued.
+    steps are captured there. Returns what made the host wait in a step, for a batch or to save checkpoints (`waits`),
+    the files that are not equal byte for byte (`apart`), and the number of queued copies, among others.
     """
     loader = ResidentLoader if resident else BatchLoader
     seen: dict[str, list[Ledger]] = {"step": [], "graph": [], "batch": [], "save": []}
     outliers = mock.patch.object(Cache, "outlier_rows", lambda self, name: np.arange(7, self.rows, 40))
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # of an earlier call in this process
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # set by an earlier call in this process
     with same_arithmetic(sparse=True), outliers:
         expected = finish(folder / "cpu", "cpu", cache, recipes)
         with (

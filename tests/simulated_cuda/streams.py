@@ -31,7 +31,7 @@ class Stream:
         """Run the jobs before number `until`."""
         with _lock:
             while self.done < until:
-                job, self.jobs[self.done] = self.jobs[self.done], lambda: None  # its tensors are not kept alive
+                job, self.jobs[self.done] = self.jobs[self.done], lambda: None  # the list no longer holds its tensors
                 self.done += 1
                 job()
 

@@ -21,7 +21,7 @@ WAITS = {
     "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "_unique2", "bincount", "equal", "histc", "is_nonzero",
     "linalg_eig", "linalg_lstsq", "masked_select", "nonzero", "repeat_interleave", "unique_consecutive", "unique_dim",
 }  # fmt: skip
-# Operations beside the elementwise ones that take a 0-d tensor of the CPU: they use its value as a number.
+# Besides elementwise operations, these accept a 0-d tensor on the CPU, whose value they use as a number.
 TAKES_NUMBER = {"fill_", "index_fill", "index_fill_", "masked_fill", "masked_fill_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 PINNED: dict[int, torch.UntypedStorage] = {}  # address -> pinned memory; kept, so that no address is used twice
@@ -77,14 +77,14 @@ class SimulatedTensor(torch.Tensor):
 
 
 class Dispatch(TorchDispatchMode):
-    """Sends operations without a tensor of the GPU among their arguments here, such as those that make one."""
+    """Also simulates operations that have no GPU tensor among their arguments, such as those that create one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
 
 
 def held(tree: Any) -> Any:
-    """The same arguments, with the values of the tensors of the GPU."""
+    """The same arguments, with each GPU tensor replaced by the CPU tensor that holds its values."""
     return mapped(lambda tensor: tensor.held if isinstance(tensor, SimulatedTensor) else tensor, tree)
 
 
@@ -152,7 +152,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = check_index(name, args)
     check_devices(func, name, tensors)
     if Values.device == META and name.startswith("_fused_adam"):
-        return None  # it changes its arguments only, and torch does not have it for shapes
+        return None  # it only changes its arguments, and torch has no meta kernel for it
     if is_watching() and Values.device != META:
         check_order(func, name, held(args), held(kwargs))
     compute = unrounded_product if func is torch.ops.aten.mm.dtype else func
@@ -160,7 +160,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def wrap(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """The result as tensors of the GPU: what was written to is the very tensor that was given."""
+    """The result as GPU tensors. For an argument that was written to, the result is that same tensor object."""
     if torch.Tag.inplace_view in func.tags:  # changes the shape of its argument
         return return_and_correct_aliasing(func, args, kwargs, args[0])
     schema = func._schema
@@ -204,7 +204,7 @@ def check_index(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
 
 
 def unrounded_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A product with sums of another type, which torch has for CUDA alone."""
+    """A product that returns another dtype; torch supports this only on CUDA."""
     return left.to(dtype) @ right.to(dtype)
 
 
@@ -223,7 +223,7 @@ def read_number(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Tensor.to, which makes a new tensor on its own or another device."""
+    """Tensor.to where it makes a new tensor, on the same or another device."""
     source, device = args[0], kwargs.get("device")
     from_gpu = isinstance(source, SimulatedTensor)
     to_gpu = from_gpu if device is None else on_gpu(device)

@@ -18,7 +18,7 @@ def run(gpu: SimulatedGPU, home: Path, *command: str) -> str:
 
 @pytest.mark.slow
 def test_every_stage_works_on_a_gpu(gpu: SimulatedGPU, tiny_model: Path, sentences: Path, tmp_path: Path) -> None:
-    """Also what only the plan does: timing a block and a step there."""
+    """This includes what only plans do: they time a block and a step on the GPU."""
     text = ("--model", str(tiny_model), "--dataset", str(sentences), "--tokens", "1500", "--context", "32")
     variants = ("--variant", "topk", "--variant", "batchtopk")
     found = run(gpu, tmp_path, "harvest", *text, "--layer", "0", "--out", "cache", "--held-out", "0.2")

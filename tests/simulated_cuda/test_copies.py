@@ -34,7 +34,7 @@ def test_without_one_of_the_harvests_waits_a_window_gets_other_rows(gpu: Simulat
 
 
 def test_a_window_of_the_gpu_arrives_whole_however_late_its_copy_runs(gpu: SimulatedGPU) -> None:
-    """With the norms and moments that the CPU finds, bit for bit."""
+    """Its norms and moments equal those computed on a CPU, bit for bit."""
     assert gpu("copies.wrong_windows_of_a_gpu", orders=10) == []
 
 

@@ -16,7 +16,7 @@ ONCE = ("train/sae.py:", "(transformers/")  # loading the SAEs and the model
 
 @pytest.fixture
 def runs(tiny_cache: Cache, tmp_path: Path) -> list[Path]:
-    """Two SAEs of layer 1, as they start."""
+    """Two untrained SAEs of layer 1."""
     folders = []
     for name, activation in (("relu", ReLU()), ("topk", TopK(8))):
         torch.manual_seed(0)

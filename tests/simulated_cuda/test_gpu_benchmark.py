@@ -1,4 +1,4 @@
-"""benchmarks/gpu: every part runs on the simulated GPU, and the report reads what it has found."""
+"""benchmarks/gpu: every part runs on the simulated GPU, and the report can read the results."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_a_page_has_modelled_beside_measured_and_says_what_is_incomplete(report,
 
 
 def test_the_constants_are_those_that_were_measured(report) -> None:
-    """The border is where both take equally long: here, on a logarithmic scale, in the middle of 64 and 256."""
+    """At the border both take equally long. Here it is the midpoint of 64 and 256 on a logarithmic scale."""
     ceilings = {
         "product bfloat16": {"flops": 7e14},
         "memory": {"bytes_per_s": 4e12},
@@ -57,7 +57,7 @@ def test_the_constants_are_those_that_were_measured(report) -> None:
 
 @pytest.mark.slow
 def test_every_part_runs_on_the_simulated_gpu(gpu: SimulatedGPU, tmp_path: Path) -> None:
-    """`gpu` is asked for because the test is skipped without one; the script has its own."""
+    """The test uses `gpu` only to be skipped where there is none. The script simulates its own GPU."""
     out, page = tmp_path / "gpu.json", tmp_path / "page.md"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in (

@@ -15,7 +15,7 @@ CASES = ["", "little memory", "memory that ends", "Ctrl-C", "no pinned memory"]
 def test_the_chunks_are_those_of_the_cpu_byte_for_byte(
     gpu: SimulatedGPU, tiny_model: Path, sentences: Path, tmp_path: Path, dtype: str, case: str
 ) -> None:
-    """Both layers, 400 rows in two windows; the last pass of a window is a part of a batch."""
+    """Both layers have 400 rows in two windows. The last pass of a window is smaller than a batch."""
     found = gpu(
         "harvesting.harvest", folder=tmp_path, model=str(tiny_model), dataset=str(sentences), layers=(0, 1),
         tokens=400, context=32, window=256, held_out=0.2, dtype=dtype, batch_contexts=8, case=case,

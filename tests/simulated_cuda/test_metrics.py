@@ -6,7 +6,7 @@ import pytest
 
 from .gpu import SimulatedGPU
 
-# Files of tests/evaluate/metrics, and the metrics that they measure.
+# Files of tests/evaluate/metrics -> the metrics that they measure.
 GROUPS = {
     ("test_core.py", "test_splice_losses.py"): {"core"},
     ("test_absorption.py",): {"absorption"},

@@ -1,4 +1,4 @@
-"""Plans for a GPU: a step is traced there, as it is computed there, and captured where nothing is against it."""
+"""Plans for a GPU: a step is traced as the GPU computes it, and is captured unless there is a reason against it."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def test_a_step_is_traced_on_a_gpu(gpu: SimulatedGPU, recipe: str) -> None:
 
 
 def test_the_copies_that_kernels_keep_are_planned(gpu: SimulatedGPU) -> None:
-    """Two bytes for each element of W_dec and W_enc, and 12 for each step's learning rate and corrections. The
-    optimizer of torch also keeps the scale of the gradient."""
+    """They take two bytes for each element of W_dec and W_enc, and 12 for the learning rate and corrections of each
+    step. Torch's optimizer, without kernels, also keeps the scale of the gradient."""
     without, kernels = gpu("planning.memory_with_kernels", recipe="relu")
     assert kernels.state - without.state == 2 * 2 * 64 * 512 + 12 * 101 - 4 and kernels.step <= without.step
 
@@ -45,7 +45,7 @@ def test_a_plan_for_a_gpu_says_whether_steps_are_captured_and_why_not(
 def test_a_plan_for_a_gpu_says_which_products_are_sparse_and_why(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path
 ) -> None:
-    """2,048 latents, of which 32 are kept. BatchTopK in parts of a batch is always dense."""
+    """32 of 2,048 latents are kept. If BatchTopK computes a batch in parts, its products are always dense."""
     lines = gpu("planning.about_products", cache=tiny_cache.folder, out=tmp_path)
     about = "products of topk are {}: width / k is 64, and in {} sparse products are estimated to be faster from "
     assert lines["bfloat16"] == [about.format("dense", "bfloat16") + "a ratio of 257"]

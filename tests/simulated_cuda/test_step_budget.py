@@ -141,8 +141,8 @@ def test_renewed_budgets_are_those_of_the_step_and_leave_the_others(
 
 
 def test_the_flops_of_relu_are_those_of_its_five_products(gpu: SimulatedGPU) -> None:
-    """x W_enc, f W_dec, and the gradients to f, W_dec and W_enc: 2 B D F each, in bfloat16. The gradient to b_dec is
-    W_enc times that to b_enc, 2 D F in float32, as both are."""
+    """x W_enc, f W_dec, and the gradients of f, W_dec and W_enc take 2 B D F each, in bfloat16. The gradient of b_dec
+    is W_enc times that of b_enc, 2 D F in float32, the dtype of both."""
     counted = count(gpu, "relu")
     products = [operation for operation in counted.operations if operation.cost.flops]
     assert [operation.cost.flops for operation in products].count(2 * B * D * F) == 5
@@ -185,7 +185,7 @@ def test_single_operations_cost_what_is_worked_by_hand(gpu: SimulatedGPU) -> Non
 
 
 def test_the_update_reads_and_writes_each_parameter_once(gpu: SimulatedGPU) -> None:
-    """The gradients of matrices are in bfloat16, and read once more for their norm, that of W_dec with the weights.
+    """The gradients of matrices are in bfloat16. They are read once more for their norm; for W_dec, so are the weights.
     Each program for a row of W_dec or another weight also reads 32 bytes and writes a sum, which is read once."""
     (update,) = [operation.cost for operation in count(gpu, "relu").operations if operation.name == "update"]
     matrices, others = D * F * (2 * (2 + 24 + 2) + 2 * 2 + 4), (F + D) * (4 + 4 + 24)
@@ -199,14 +199,14 @@ def test_adam_of_torch_reads_four_numbers_a_parameter_and_writes_three(gpu: Simu
 
 
 def test_launches_do_not_depend_on_the_size_and_bytes_grow_with_the_batch(gpu: SimulatedGPU) -> None:
-    """Bytes are those of the parameters and a constant, plus the same for each token, where kernels have full parts."""
+    """Bytes are linear in the number of tokens, if every part of a kernel is full."""
     small, twice, fourfold = (count(gpu, "gated", batch=parts * JUMP_SPAN) for parts in (1, 2, 4))
     assert total(small, "launches") == total(twice, "launches") == total(fourfold, "launches")
     assert 0 < total(fourfold, "bytes") - total(twice, "bytes") == 2 * (total(twice, "bytes") - total(small, "bytes"))
 
 
 def test_the_operations_are_those_of_steps_with_values(gpu: SimulatedGPU) -> None:
-    """Shapes alone leave nothing out, the second step of a run is like the third, and dead latents are revived."""
+    """A count from shapes equals one with values, the second step equals the third, and dead latents add launches."""
     for recipe, dead in (("topk", 64), ("relu", 0), ("competition", 0), ("collapse-10", 0)):
         second, third = gpu("counting.count_values", recipe=recipe, d_in=D, d_sae=F, batch=B, dead=dead)
         assert count(gpu, recipe, dead=dead).operations == second.operations
@@ -217,7 +217,7 @@ def test_the_operations_are_those_of_steps_with_values(gpu: SimulatedGPU) -> Non
 
 
 def test_products_by_rows_are_counted_where_a_gpu_uses_them(gpu: SimulatedGPU) -> None:
-    """From 257 latents per kept one: one dense product of the encoder, and none of the other four."""
+    """From 257 latents per kept latent, only the product of the encoder is dense; the other four are not."""
     operations = {k: count(gpu, "topk", d_sae=1028, options={"k": k}).operations for k in (3, 4)}
     dense = {k: [o for o in found if o.cost.flops == 2 * B * D * 1028] for k, found in operations.items()}
     assert len(dense[3]) == 1 and len(dense[4]) == 5
@@ -265,7 +265,7 @@ def test_the_ideal_is_worked_by_hand(script: dict[str, Any]) -> None:
 
 
 def test_the_constants_are_fixed(script: dict[str, Any]) -> None:
-    """Tables of different days are compared with each other."""
+    """Otherwise tables of different days could not be compared."""
     constants = [script[name] for name in ("FLOPS_BFLOAT16", "FLOPS_FLOAT32", "BANDWIDTH", "LAUNCH", "D_IN", "KEPT")]
     assert constants == [790e12, 60e12, 4.3e12, 5e-6, 2304, 100]
     assert script["SIZES"] == ((2304, 2048), (18432, 4096), (65536, 4096))

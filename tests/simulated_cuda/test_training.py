@@ -25,7 +25,7 @@ BOUNDS = {
     "metrics/loss": 0.02, "metrics/l0": 0.005, "metrics/gradient_norm": 0.05, "sae/W_dec": 0.02, "sae/W_enc": 0.02,
 }  # fmt: skip
 READINGS = [(number, reading.name) for number in PAPERS for reading in load_paper(number).readings]
-# Recipes under options that add a part of their own.
+# Recipes with options that add a component.
 VARIED = (
     ("topk", ("k=4", "k_anneal_steps=4", "multi=0.125")),
     ("batchtopk", ("k=2.5", "k_anneal_steps=3", "k_start=7.5")),
@@ -56,7 +56,7 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
 
 @pytest.mark.parametrize("recipe", ["batchtopk", "jumprelu", "hierarchical-adaptive", "switch"])
 def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
-    """`--accumulate`, with what reads the whole batch before its gradients."""
+    """`--accumulate`, for recipes that read the whole batch before they compute its gradients, and others."""
     walked = gpu("training.walk", recipe=recipe, sparse=True, parts=4)
     assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
@@ -84,8 +84,8 @@ REWRITTEN = (("hierarchical-resample", ()), ("hierarchical", ("merge_above=0.3",
 def test_a_run_whose_weights_kernels_update_ends_as_without(
     gpu: SimulatedGPU, recipe: str, options: tuple[str, ...], used: bool
 ) -> None:
-    """With products in bfloat16, which read the copies of the weights, also after weights were rewritten between
-    steps. Recipes whose mechanisms write weights in a step (orthogonalization, growth) keep the optimizer of torch."""
+    """Products in bfloat16 read the copies of the weights, also after weights were rewritten between steps. Recipes
+    whose mechanisms write weights in a step (orthogonalization, growth) keep the optimizer of torch."""
     walked = gpu("training.with_and_without_kernels", recipe=recipe, options=options, precision="bfloat16")
     assert walked["apart"] == {} and walked["waits"] == []
     assert walked["used"] is used and walked["copied"] == ([True, True] if used else None)
@@ -113,7 +113,7 @@ def test_so_does_every_recipe(gpu: SimulatedGPU, recipe: str, precision: str) ->
 
 @pytest.mark.parametrize(("recipe", "options"), REWRITTEN)
 def test_a_copy_of_a_weight_that_is_stale_is_found(gpu: SimulatedGPU, recipe: str, options: tuple[str, ...]) -> None:
-    """Where copies are not renewed after the weights were rewritten between steps."""
+    """The fault: copies are not renewed after the weights were rewritten between steps."""
     walked = gpu(
         "training.with_and_without_kernels", recipe=recipe, options=options, precision="bfloat16",
         fault="renews_no_copies",

@@ -1,4 +1,4 @@
-"""Steps of every recipe on the simulated GPU, beside the same steps on the CPU."""
+"""Steps of every recipe on the simulated GPU, to compare with the same steps on the CPU."""
 
 import contextlib
 import tempfile
@@ -209,11 +209,11 @@ def differences(expected: dict[str, Any], found: dict[str, Any], prefix: str = "
 def with_and_without_kernels(
     recipe: str, precision: str, options: tuple[str, ...] = (), parts: int = 1, l0: float | None = None, fault: str = ""
 ) -> dict[str, Any]:
-    """By what a run on the GPU whose weights kernels update ends apart from one without, after work between steps and
-    a resume. Both choose the largest latents by kernels.
+    """Compare a run on the GPU whose weights are updated by kernels with one whose weights are updated by torch.
 
-    `used` says whether the weights were updated by the operator, `copied` whether each copy in bfloat16 is that of its
-    weight in the end.
+    In both, kernels choose the largest latents, mechanisms act between steps, and the run is resumed. Returns the
+    differences (`apart`), whether the operator updated the weights (`used`), whether each copy in bfloat16 equals its
+    weight at the end (`copied`), and the waits of the run with kernels (`waits`).
     """
     with simulated_gpu(), same_arithmetic(sparse=False), tempfile.TemporaryDirectory() as folder, broken(fault):
         walks = [
@@ -232,7 +232,7 @@ def with_and_without_kernels(
 
 @contextlib.contextmanager
 def broken(fault: str) -> Iterator[None]:
-    """A mistake: copies of the weights are not renewed after something else has written them."""
+    """Inject the fault that copies of the weights are not renewed after something else has written the weights."""
     if fault == "renews_no_copies":
         with mock.patch.object(KernelUpdate, "renew_copies", lambda update: None):
             yield

@@ -41,8 +41,8 @@ def trained_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(tiny_cache: Cache, trained_before: Path, home: Path) -> list[Run]:
-    """batchtopk at two seeds, and relu, held at the same L0."""
-    if trained_before.exists():  # then the same commands find finished runs
+    """batchtopk with two seeds, and relu, all trained to the same L0."""
+    if trained_before.exists():  # so the commands below find finished runs
         shutil.copytree(trained_before, home / "runs")
     runs = [
         *sae.train_saes("batchtopk", cache=tiny_cache, seeds=[0, 1], l0=4, **SIZES),
@@ -64,7 +64,7 @@ def evaluate(*words: str | Run) -> Result:
 
 
 def trained() -> dict[str, tuple[int, bytes]]:
-    """Each control's name -> when its weights were written, and they themselves."""
+    """Name of each control -> when its weights were written, and the bytes of the weights."""
     weights = {path.parent.name: path for path in controls_folder().glob("*/sae.safetensors")}
     return {name: (path.stat().st_mtime_ns, path.read_bytes()) for name, path in weights.items()}
 
@@ -210,7 +210,7 @@ def test_a_control_that_was_trained_as_a_run_is_a_control_too(tiny_cache: Cache)
 
 @pytest.mark.slow
 def test_a_topk_has_controls_made_of_topk_and_others_stay_at_hand(tiny_cache: Cache) -> None:
-    """Those of batchtopk, evaluated before for another run, are shown too; the shares are of its own."""
+    """The table also shows controls of batchtopk, evaluated for another run. It has shares only for the run's own."""
     runs = sae.train_saes(["topk", "batchtopk"], cache=tiny_cache, l0=4, **SIZES)
     plan = plan_controls(runs)
     assert [run.options for run in plan.runs] == [{"base": "topk"}] * 3 + [{}] * 3 and not plan.notes

@@ -80,7 +80,7 @@ def call(*words: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {  # name -> run, file, what reads it
+READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {  # name -> (run, file, function that reads it)
     "run": ("trained", "run.json", lambda folder: plan_training(TrainConfig(resume=[folder]))),
     "sae": ("trained", "sae.json", load_sae),
     "imported run": ("imported", "run.json", read_sae_record),
@@ -95,7 +95,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {  # name -> run, f
 
 
 def altered(value: Any) -> Any:
-    """Another value of the same type; of none for null."""
+    """Another value of the same type. For null, a value of another type."""
     match value:
         case bool():
             return not value
@@ -219,11 +219,11 @@ def test_the_folder_s_name_ends_with_the_digest_of_the_run_s_options(run: Path) 
         DamagedError, match=r"run\.json does not belong to this folder: .*options in run.json is [0-9a-f]{6}"
     ):
         load_sae(run)
-    renamed = run.rename(run.with_name("mine"))  # in a folder with another name there is nothing to compare
+    renamed = run.rename(run.with_name("mine"))  # a folder with another name has no digest to compare with
     assert read_run_record(renamed) != recorded
     with pytest.raises(DamagedError, match=r"sae\.json and the run\.json beside it belong to different runs"):
         load_sae(renamed)
-    without_digest(SAE_RECORD, renamed / "sae.json", lambda content: content.pop("run"))  # as earlier versions wrote it
+    without_digest(SAE_RECORD, renamed / "sae.json", lambda content: content.pop("run"))  # older versions had none
     assert load_sae(renamed).d_sae == 32
 
 
@@ -271,7 +271,7 @@ def test_a_result_with_other_settings_than_its_name_says_is_refused(run: Path) -
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run_is_skipped(run: Path) -> None:
-    """Of a longer run of the same shape, by an earlier version, which did not record of which run it was."""
+    """The checkpoint is from a longer run of the same shape; earlier versions did not record the run in it."""
     whole = (run / "sae.safetensors").read_bytes()
     change_record(RUN_RECORD, run / "run.json", {"steps": 5})
     renamed = run.rename(run.with_name("shorter"))

@@ -93,7 +93,7 @@ def test_a_new_commit_is_imported_beside_the_old_one(local_hub, cached_model, ho
     assert find_or_import([ADDRESS], config).folders == [new]
     requests = len(local_hub.api_requests)
     pinned = f"hf://{REPO}@{'a' * 40}/{FOLDER}"
-    assert find_or_import([pinned], config).folders == [old]  # a commit needs no question
+    assert find_or_import([pinned], config).folders == [old]  # with a full commit hash, the Hub is not asked
     assert (len(local_hub.downloads), len(local_hub.api_requests)) == (downloads, requests)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     lines: list[str] = []
@@ -150,7 +150,7 @@ def test_without_a_cache_the_command_that_makes_one_is_named(local_hub, home):
     command += " --tokens 1M --held-out 0.5"
     assert result.exit_code == UsageError.exit_code and result.stderr.rstrip().endswith(command)
     assert len(runs(home)) == 1  # the import is kept, and found when the cache is there
-    asked = call(*command.split()[1:], "--dry-run")  # every flag of it is known: only the model is missing here
+    asked = call(*command.split()[1:], "--dry-run")  # every flag is accepted: only the model does not exist here
     assert asked.stderr.startswith("error: There is no model google/gemma-3-1b-pt on the Hub")
 
 
@@ -238,7 +238,7 @@ def test_what_is_neither_there_nor_an_address(text, advice, home):
 
 
 def test_every_text_that_is_refused_is_named(tiny_cache, home):
-    """Also where none of the others can be evaluated."""
+    """This holds even if nothing that remains can be evaluated."""
     (home / "empty").mkdir()
     shown = call("evaluate", "nowhere", "empty").stderr
     assert "There is no run folder 'nowhere'" in shown and "empty contains no trained SAE" in shown

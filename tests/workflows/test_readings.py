@@ -54,7 +54,7 @@ def test_every_system_builds_trains_resumes_and_loads(number, reading, random_ca
 
 
 def test_the_check_notices_a_run_that_resumes_to_other_weights(random_cache, tmp_path, monkeypatch) -> None:
-    """Here the generator of a resumed run would start anew, so its first step is taken again on other weights."""
+    """The resumed run is given other weights after its first step, as if it had not restored the checkpoint."""
     taken: list[int] = []
 
     def forget(trainer, *_: object) -> int:
@@ -164,7 +164,7 @@ def mini_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @every_pair
 @pytest.mark.parametrize("given", [True, False], ids=["cache", "harvest"])
 def test_a_dry_run_of_every_pair_ends_well(number, reading, given, mini_cache, home, monkeypatch) -> None:
-    """On gemma-2-mini at the paper's steps. Timing, which takes seconds for each, has tests of its own."""
+    """The plans are for gemma-2-mini and the paper's steps. Timing takes seconds per plan and is tested elsewhere."""
     monkeypatch.setattr("sae.workflows.reproduce.describe_time", lambda *_: [])
     words = ["reproduce", number, "--model", "gemma-2-mini", "--reading", reading, "--dry-run"]
     done = CliRunner().invoke(app, [*words, *(["--cache", str(mini_cache)] if given else [])], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""A paper's systems trained, evaluated and reported through the command line, on the tiny model."""
+"""The systems of a paper are trained, evaluated and reported from the command line, on the tiny model."""
 
 import os
 import re
@@ -180,7 +180,7 @@ def test_two_processes_reproduce_a_paper_like_one(cache, tiny_model, tmp_path, l
 
 
 def test_a_resumed_reproduction_keeps_its_options_when_defaults_change(cache, tiny_model, tmp_path, monkeypatch):
-    """Its runs end with the weights that they would have had without an interruption and an upgrade in between."""
+    """Its runs end with the same weights as without an interruption and an upgrade in between."""
 
     def train(folder, checkpoint_every=4, say=lambda sentence: None):
         config = ReproduceConfig(
@@ -283,7 +283,7 @@ def test_invalid_training_is_rejected_before_the_harvest(
     tiny_model, sentences, home, monkeypatch, paper, words, code, said, dry
 ):
     (home / "file").touch()
-    if code == 4:  # room for the harvest, and not for the runs
+    if code == 4:  # enough disk space for the harvest, but not for the runs
         usage = namedtuple("Usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 200_000))
     done = call("reproduce", paper, "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
@@ -307,7 +307,7 @@ def test_the_space_check_of_runs_reserves_room_for_activations(tiny_model, sente
 
 
 def test_a_system_overrides_its_reading_and_a_reading_what_is_printed():
-    """003 prints lr 0.0003 and 1,000 steps of warm-up. What the recipe does not have is left out of the reading."""
+    """Paper 003 prints lr 0.0003 and 1,000 steps of warm-up. Options that the recipe lacks are left out."""
     paper = load_paper("003")
     reading = Reading("as_printed", "", {"lr": 0.2, "clip": 5.0, "l1_warmup": 9, "merge_above": 0.8})
     system = PaperSystem("full", ("decorrelation",), options={"lr": 0.3, "center": True})

@@ -1,6 +1,8 @@
-"""Harvesting while training: the same bits whatever happens, never more on disk than the ring, and invalid requests.
+"""Harvesting while training: interruptions do not change a bit, the disk never holds more than the ring, and invalid
+requests are refused.
 
-3,000 tokens in twelve windows of 256, four on the disk: six groups of 512 rows, 8 batches of 60 in each but the last.
+3,000 tokens are twelve windows of 256 rows, of which the disk holds four, and six groups of 512 rows. Each group except
+the last has 8 batches of 60.
 """
 
 import contextlib
@@ -164,7 +166,7 @@ def test_the_disk_never_holds_more_than_the_ring(asked, monkeypatch) -> None:
         folder, group = the_ring(), (step - 1) // PER_GROUP
         patience = time.monotonic() + 60
         while step == 2 and len(windows_there(folder)) < RING and time.monotonic() < patience:
-            time.sleep(0.001)  # until the harvest is as far ahead as it may be
+            time.sleep(0.001)  # until the harvest has filled the ring
         most = max(most, bytes_of_windows(folder))
         there = windows_there(folder)
         assert {2 * group, 2 * group + 1} <= there <= set(range(2 * group, 2 * group + 4))
@@ -238,7 +240,7 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_rows_over_the_limit_of_the_first_window_are_masked_to_the_end(asked, tmp_path: Path) -> None:
-    """The limit is recorded, and is the same after a stop, even if the folder of the windows is removed meanwhile."""
+    """The limit is recorded. After a stop it is the same, even if the folder of the windows has been removed."""
     asked, request = asked | {"max_norm": 1.2}, request_of("topk")
     said: list[str] = []
     elsewhere = asked | {"out": tmp_path / "ring"}
