@@ -1,4 +1,4 @@
-"""Trees of dictionaries and lists, as read from JSON: the places in them, and copies with one change."""
+"""Trees of dictionaries and lists, as read from JSON: the paths of their leaves, and copies with one change."""
 
 import json
 from collections.abc import Callable, Iterator

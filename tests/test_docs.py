@@ -1,4 +1,4 @@
-"""What README and docs show is true of the program: Python runs, TOML is accepted, commands parse."""
+"""The examples in README and docs are valid: Python runs, TOML is accepted, commands parse."""
 
 import functools
 import re
@@ -47,7 +47,7 @@ def blocks() -> Iterator[Block]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link to a heading of the page ends with."""
+    """The anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     titles = (re.sub(r"\]\([^)]*\)", "", title).lower() for title in re.findall(r"^#+ (.*)$", text, re.M))
     return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""The scripts of docs/scripts: a shell reads them, and what they call takes what they say."""
+"""The scripts in docs/scripts: a shell can parse them, and the commands that they call accept their arguments."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def run_script(script: Path, folder: Path) -> list[list[str]]:
 
 
 def check_sae(words: list[str]) -> None:
-    """Fail unless the command line takes these words."""
+    """Fail unless the command line accepts these words."""
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands") and words and words[0] in command.commands:
         command, words = command.commands[words[0]], words[1:]

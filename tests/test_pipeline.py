@@ -1,4 +1,4 @@
-"""Text -> cache -> runs -> numbers on the tiny model, through the command line, with files where the design says."""
+"""Text -> cache -> runs -> numbers on the tiny model, from the command line, with files in the documented places."""
 
 import json
 import re
@@ -113,7 +113,7 @@ def test_another_family_goes_through_all_three_stages(kind, sentences, home):
 
 @pytest.mark.slow
 def test_the_demo_walks_through_all_three_stages(home) -> None:
-    """The README's command with less of everything: the embedded model and text, four variants, one table."""
+    """The README's command with smaller sizes: the embedded model and text, four variants, one table."""
     table = call("demo", "--tokens", "4k", "--steps", "3")
     assert "KL score" in table
     for name in (*VARIANTS, "identity", "zero"):

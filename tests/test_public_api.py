@@ -189,7 +189,7 @@ def test_a_long_text_is_cut_as_a_harvest_cuts_it(tiny_model: Path, sentences: Pa
     held = np.concatenate([tiny_cache.read_chunk("layer_01", n) for n in range(len(tiny_cache.chunk_rows))])[
         : tiny_cache.rows
     ]
-    assert np.mean([row.tobytes() in rows for row in held]) > 0.95  # in another batch a last bit may round otherwise
+    assert np.mean([row.tobytes() in rows for row in held]) > 0.95  # the last bit may differ in another batch
     assert int(found.position.max()) == 31
 
 
@@ -315,7 +315,7 @@ def test_steering_at_positions(model: Any, positions: Any) -> None:
 
 
 def test_while_a_model_writes_positions_count_from_the_beginning_of_the_text() -> None:
-    """With a cache of keys and values each new token is a pass of its own, of one position."""
+    """With a key-value cache, each new token is a separate forward pass of one position."""
     model, s = tiny("gemma2"), sae_of(1)
     with sae.steering(model, s, latent=5, strength=30.0, positions=slice(5, 13)):
         kept = model.generate(IDS[:1, :6], max_new_tokens=10, do_sample=False, use_cache=True)

@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one sentence, the right exit code, and never a traceback."""
+"""What a user sees when something goes wrong: one sentence, the right exit code, and never a traceback."""
 
 import io
 import os

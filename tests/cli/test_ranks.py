@@ -1,4 +1,4 @@
-"""What each of several launched processes prints: the first speaks for all, the others name themselves."""
+"""What each of several launched processes prints: the first reports for all, the others prefix their rank."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -55,7 +55,7 @@ def test_one_that_never_starts_is_named(store: Any) -> None:
 
 
 def test_one_that_is_slow_is_waited_for_and_a_silent_one_named(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process on another machine, nothing but its heartbeat is known."""
+    """A process on another machine is known only by its heartbeat."""
     monkeypatch.setattr(heartbeat, "pid_namespace", lambda: "")
     first, slow = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     timer = threading.Timer(0.6, slow.meet)

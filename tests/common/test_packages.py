@@ -61,8 +61,8 @@ def test_an_older_package_is_named_with_the_version_that_is_needed(old_packages:
     assert sentence == (
         "transformers 4.57.6 is installed, but sae-pipeline needs 5.0 or newer: pip install 'transformers>=5.0'."
     )
-    install(old_packages, "peft", "0.1.0")  # of an extra
-    install(old_packages, "hypothesis", "1.0")  # of the tests
+    install(old_packages, "peft", "0.1.0")  # needed by an extra
+    install(old_packages, "hypothesis", "1.0")  # needed by the tests
     assert [s.split()[0] for s in outdated_packages()] == ["transformers", "peft"]
 
 

@@ -1,4 +1,4 @@
-"""What a context begins with, for tokenizers of every shape."""
+"""The special token at the start of a context, for tokenizers of many kinds."""
 
 from typing import Any
 

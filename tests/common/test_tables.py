@@ -51,7 +51,7 @@ json_values = st.recursive(
 @settings(max_examples=150)
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["text", "a", "b"]), json_values), max_size=6), how=st.booleans())
 def test_every_row_is_what_json_loads_gives(tmp_path_factory, rows: list[dict[str, Any]], how: bool) -> None:
-    """In lines and in an array, with characters as they are and as escapes."""
+    """Rows are lines or the elements of an array. Non-ASCII characters are written literally or as escapes."""
     file = tmp_path_factory.mktemp("rows") / "a.json"
     lines = [json.dumps(row, ensure_ascii=how) for row in rows]
     for content in ("\n\n".join(lines), f"[{','.join(lines)}]"):

@@ -253,7 +253,9 @@ def test_a_cache_gives_the_same_batches(interrupted: Path, name: str) -> None:
 
 
 def test_a_harvest_command_finds_its_cache_and_finishes_an_interrupted_one(tmp_path: Path) -> None:
-    """Also on gemma-2-mini, which is pinned by its files. `sae cache repair` harvests again as harvest.json says."""
+    """This includes gemma-2-mini, which is pinned by its files. `sae cache repair` harvests with the settings in
+    harvest.json.
+    """
     home = old_home(tmp_path / "home")
     if not tokenizer_is_the_same(home):
         pytest.skip("this version of tokenizers serializes the tokenizer differently, which makes it another harvest")

@@ -98,7 +98,7 @@ def refusal(name: str) -> str:
 
 
 def gradients(device: str) -> list[list[float]]:
-    """Of a function with views, changes in place, broadcasting, and a product with a vector."""
+    """The gradients of a function with views, in-place changes, broadcasting, and a product with a vector."""
     w = (torch.arange(12.0).reshape(3, 4) / 7).to(device).requires_grad_()
     v = torch.ones(3).to(device).requires_grad_()
     y = (v @ w).relu()

@@ -1,4 +1,4 @@
-"""What operations cost on a GPU: launches of kernels, FLOPs, and bytes that cross its memory.
+"""The cost of operations on a GPU: kernel launches, FLOPs, and bytes read from and written to its memory.
 
 The cost follows from shapes and types alone; nothing is measured. For operations that need several launches and passes
 (sort, topk, solvers), their numbers are those known from CUDA. Bytes count every element that a kernel reads or writes
@@ -118,7 +118,7 @@ SEVERAL = {"count_nonzero": 2, "cumsum": 2, "nonzero": 3}
 
 
 def product(call: Call) -> Cost:
-    """(..., m, k) by (..., k, n): 2 m k n FLOPs."""
+    """A product of (..., m, k) by (..., k, n) takes 2 m k n FLOPs."""
     left = call.args[-2] if call.name in ("mm", "bmm", "mv", "dot") else call.args[1]
     inner, read = left.shape[-1], sum(map(size, tensors_of(call.args)))  # without `out`
     return Cost(1, 2 * call.outputs[0].numel() * inner, read + call.written)
@@ -246,7 +246,7 @@ def normalizing(call: Call) -> Cost:
 
 
 def comparing(call: Call) -> Cost:
-    """A kernel, and a sum of its parts by torch."""
+    """A kernel computes parts, and torch sums them."""
     (tokens, width), parts = call.args[0].shape, -(-len(call.args[0]) // BATCH_TILE[0])
     if call.name == "compare":
         launches, moved = kernel_cost.of_comparing(tokens, width, call.args[0].element_size(), BATCH_TILE)

@@ -1,4 +1,4 @@
-"""What is planned on the simulated GPU: memory, and whether steps are captured."""
+"""Plans on the simulated GPU: memory, captured steps, sparse products and kernels."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -24,11 +24,11 @@ WAITS = {
 # Besides elementwise operations, these accept a 0-d tensor on the CPU, whose value they use as a number.
 TAKES_NUMBER = {"fill_", "index_fill", "index_fill_", "masked_fill", "masked_fill_"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-PINNED: dict[int, torch.UntypedStorage] = {}  # address -> pinned memory; kept, so that no address is used twice
+PINNED: dict[int, torch.UntypedStorage] = {}  # address -> pinned memory; never freed, so no address is reused
 
 
 class Values:
-    """Where the values of new tensors are: on the CPU, or nowhere (META), if only their shapes are wanted."""
+    """The device that holds the values of new tensors: the CPU, or META if only shapes are needed."""
 
     device = CPU
 

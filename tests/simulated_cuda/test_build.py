@@ -1,4 +1,4 @@
-"""Where there can be no simulated GPU, its tests are skipped with the reason."""
+"""Where the simulated GPU cannot be built, its tests are skipped, with the reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""From text to a page on a machine with a GPU, by the command line: `--device auto` takes the GPU."""
+"""The command line from text to a page, on a machine with a GPU: `--device auto` chooses the GPU."""
 
 import json
 from pathlib import Path

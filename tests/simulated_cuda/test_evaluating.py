@@ -1,4 +1,4 @@
-"""`sae evaluate` on a GPU: the numbers of the CPU, whose arithmetic the simulated GPU has."""
+"""`sae evaluate` on the simulated GPU, which has the arithmetic of the CPU, gives the numbers of the CPU."""
 
 from pathlib import Path
 

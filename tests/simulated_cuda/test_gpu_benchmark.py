@@ -1,4 +1,4 @@
-"""benchmarks/gpu: every part runs on the simulated GPU, and the report can read the results."""
+"""benchmarks/gpu: every part runs on the simulated GPU, and the report shows their results."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The tests of every metric hold on the simulated GPU too."""
+"""The tests of every metric also pass on the simulated GPU."""
 
 from pathlib import Path
 

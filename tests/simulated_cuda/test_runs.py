@@ -1,4 +1,4 @@
-"""`sae train` on a GPU, with batches that are copied there and with an array that is kept there."""
+"""`sae train` on the simulated GPU, with batches that are copied to it and with an array that is kept on it."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ RECIPES = ("batchtopk", "frozen-decoder")
 def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_nor_checkpoints_wait(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool, capture: str
 ) -> None:
-    """Copies of batches run as late as they can, so a missing wait would show in the files."""
+    """Copies of batches run as late as possible, so a missing wait would change the files."""
     arguments = {"folder": tmp_path, "cache": tiny_cache.folder, "recipes": RECIPES, "resident": resident}
     found = gpu("runs.train", **arguments, capture=capture)
     assert found["waits"] == found["unordered"] == []

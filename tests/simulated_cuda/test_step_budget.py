@@ -1,4 +1,4 @@
-"""What a step costs on a GPU: the counting against numbers worked by hand, and every recipe against its budget."""
+"""The cost of a step on a GPU: counts equal numbers worked out by hand, and no recipe exceeds its budget."""
 
 import json
 import runpy
@@ -39,7 +39,7 @@ def count(gpu: SimulatedGPU, recipe: str, **arguments: Any) -> Counted:
 
 
 def cost_at_smallest_size(script: dict[str, Any], gpu: SimulatedGPU, recipe: str, **arguments: Any) -> Any:
-    """The cost of a step, where every recipe can be built."""
+    """The cost of a step at the smallest size, at which every recipe can be built."""
     d_sae, batch = script["SIZES"][0]
     cost = script["count"](gpu, recipe, d_sae, batch, **arguments)
     if isinstance(cost, str):

@@ -1,4 +1,4 @@
-"""Every recipe on the simulated GPU: nothing waits in a step, and the run ends as on a CPU."""
+"""Every recipe on the simulated GPU: the host waits for nothing in a step, and results equal those on a CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_a_step_waits_for_nothing_and_a_run_ends_as_on_a_cpu(gpu: SimulatedGPU, 
 
 @pytest.mark.parametrize("recipe", ["batchtopk", "jumprelu", "hierarchical-adaptive", "switch"])
 def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
-    """`--accumulate`, for recipes that read the whole batch before they compute its gradients, and others."""
+    """With `--accumulate`, also for recipes that read the whole batch before they compute its gradients."""
     walked = gpu("training.walk", recipe=recipe, sparse=True, parts=4)
     assert walked["waits"] == walked["unordered"] == []
     assert walked["apart"] == {}
@@ -141,7 +141,7 @@ def test_the_same_in_parts_for_every_recipe_that_has_them(gpu: SimulatedGPU, rec
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_under_autocast_a_run_ends_near_that_of_a_cpu(gpu: SimulatedGPU, recipe: str, sparse: bool) -> None:
-    """Products in bfloat16, as on a GPU, beside those in float32."""
+    """The products of the GPU run are in bfloat16, those of the CPU run in float32."""
     walked = gpu("training.walk", recipe=recipe, sparse=sparse, autocast=True)
     assert walked["waits"] == walked["unordered"] == []
     apart = {name: share for name, share in walked["apart"].items() if share > BOUNDS.get(name, float("inf"))}
@@ -169,14 +169,14 @@ def test_the_same_for_every_system_of_a_paper_in_every_reading(gpu: SimulatedGPU
             "training.walk", recipe=job.recipe, options=job.options, paper_exact=job.paper_exact,
             d_sae=4 * parse_width(job.width, find_recipe(job.recipe), 16), sparse=True,
         )  # fmt: skip
-        # A coefficient of 0 leaves gradients of zeros, which do not tell whether an order decides a bit.
+        # With a coefficient of 0 the gradients are zeros, which do not show whether the order changes a result.
         told = [line for line in walked["unordered"] if "aux=0.0" not in job.options or "zeros tell" not in line]
         assert walked["waits"] == told == [], job
         assert walked["apart"] == {}, job
 
 
 def line_of(code: str) -> str:
-    """Where a mistake stands in faults.py, as the ledger names it."""
+    """The line of a mistake in faults.py, in the format of the ledger."""
     (number,) = [n for n, text in enumerate((HERE / "faults.py").read_text().splitlines(), 1) if code in text]
     return f"tests/simulated_cuda/faults.py:{number}"
 

@@ -100,7 +100,7 @@ class Walk:
         self.device, self.folder = device, folder
         self.waits: list[str] = []
         self.unordered: list[str] = []
-        self.reads: list[str] = []  # of a log
+        self.reads: list[str] = []  # what the host reads for a log
         self.dead = 0  # the largest number of dead latents in a step
         self.trainer: Trainer  # the one that took the steps
 

@@ -1,6 +1,6 @@
 """The process that has the simulated GPU: python -m sae.tests.simulated_cuda.worker LIBRARY.
 
-The library has to be loaded before torch, so no process of the tests itself can have it.
+The library must be loaded before torch, so a process that runs tests cannot load it.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""`sae evaluate --controls`: trained once, kept, resumed, evaluated beside the runs, and found by `sae compare`."""
+"""`sae evaluate --controls`: controls are trained once, kept, resumed, evaluated, and found by `sae compare`."""
 
 import json
 import os

@@ -145,7 +145,7 @@ def test_a_record_without_a_digest_is_read_or_refused_with_a_sentence(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UncheckedRecordWarning)
         paths = list(leaves(content))
-        for path in paths[:: 1 + len(paths) // 80]:  # of a long record, about 80 of its values
+        for path in paths[:: 1 + len(paths) // 80]:  # at most 80 values of a record, evenly spaced
             (folder / file).write_text(json.dumps(with_leaf(content, path, change)))
             try:
                 read(folder)

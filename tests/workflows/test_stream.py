@@ -211,7 +211,7 @@ def test_a_resumed_run_keeps_its_options_when_defaults_change(asked, tmp_path: P
 
 
 def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None:
-    """After a stop in the third group, the same command, run again, has only windows of the third group and later."""
+    """After a stop in the third group, the repeated command keeps only windows of the third group and later on disk."""
     request, seen = request_of("topk"), set()
 
     def press(step: int, *_: object) -> None:
@@ -224,7 +224,7 @@ def test_what_was_released_is_not_harvested_again(asked, tmp_path: Path) -> None
         stream(asked, request, TrainProgress(step=press))
     before = {path: path.stat().st_mtime_ns for path in the_ring().glob("commits/*.json")}
     assert {4, 5} <= windows_there(the_ring()) <= {4, 5, 6, 7}
-    half_removed = the_ring() / "layer_01" / "c.3.0"  # as if a kill had come in between
+    half_removed = the_ring() / "layer_01" / "c.3.0"  # as a kill during the removal would leave it
     half_removed.write_bytes(b"rows")
 
     def look(*_: object) -> None:
