@@ -293,8 +293,8 @@ def base_notes(base: ComparedSystem) -> list[str]:
     if not base.runs[0].is_control:
         return []
     return [
-        f"{base.label} is a control: a part of it kept its random initial weights. If a system is not better than it "
-        "in a number, that number does not show learned features."
+        f"{base.label} is a control: a part of it kept its random initial weights. A number in which a system is "
+        "not better than this control does not show learned features."
     ]
 
 

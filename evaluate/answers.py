@@ -190,7 +190,7 @@ def answer_control(near: RunsBeside, lines: Sequence[AgainstLine]) -> Answer:
     numbers = []
     for line, text in zip(shown, name_others(shown, "compared with"), strict=True):
         share = share_of(near, line)
-        numbers.append(text if share is None else f"{text}; the control reaches {share}")
+        numbers.append(text if share is None else f"{text}; the control reaches {share} of it")
     return with_untested(Answer(CONTROL, verdict, numbers, is_good), run, shown)
 
 

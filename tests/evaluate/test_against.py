@@ -315,6 +315,6 @@ def test_a_control_is_not_called_better_without_saying_that_it_is_one(tmp_path):
     )
     turned = compare_against(replace(found, systems=systems), "frozen")
     assert turned.notes == [
-        "frozen is a control: a part of it kept its random initial weights. If a system is not better than it "
-        "in a number, that number does not show learned features."
+        "frozen is a control: a part of it kept its random initial weights. A number in which a system is "
+        "not better than this control does not show learned features."
     ]

@@ -166,10 +166,10 @@ def test_the_best_control_counts_and_its_share_is_told(runs, home):
     assert (answer.verdict, answer.is_good) == ("yes", True)
     ev, kl = answer.numbers
     assert ev.startswith("compared with frozen-decoder-32: EV") and ev.endswith(
-        "; the control reaches 75% (75 to 75)"
+        "; the control reaches 75% (75 to 75) of it"
     )  # 0.6 / 0.8
     assert kl.startswith("compared with frozen-encoder-32: KL") and kl.endswith(
-        "; the control reaches 80% (80 to 80)"
+        "; the control reaches 80% (80 to 80) of it"
     )  # 0.72 / 0.9
 
 
@@ -183,7 +183,7 @@ def test_a_control_trained_as_a_run_beside_it_counts_by_the_run_of_the_same_seed
     assert [one.name for one in near.controls] == ["frozen-1"] and near.others == [] == near.references
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "yes" and answer.numbers[0].startswith("compared with frozen-1: EV 0.8000, +0.4000")
-    assert answer.numbers[0].endswith("; the control reaches 50% (50 to 50)")  # 0.4 / 0.8
+    assert answer.numbers[0].endswith("; the control reaches 50% (50 to 50) of it")  # 0.4 / 0.8
     assert find_neighbours(read_run(runs / "frozen-1")).controls == []
 
 
@@ -192,10 +192,10 @@ def test_a_control_as_good_as_the_run_is_not_called_worse(runs, home):
     make_reference(home, "frozen-decoder-32", 32.0, 0.9, 0.8, conditions_of(run))
     answer = answers_of(run)[CONTROL]
     assert answer.verdict == "same in every pair" and answer.is_good is None
-    assert all("the control reaches 100% (100 to 100)" in number for number in answer.numbers)
+    assert all("the control reaches 100% (100 to 100) of it" in number for number in answer.numbers)
     assert answer.numbers == [
-        "compared with frozen-decoder-32: EV 0.8000 against 0.8000; the control reaches 100% (100 to 100)",
-        "KL score 0.9000 against 0.9000; the control reaches 100% (100 to 100)",
+        "compared with frozen-decoder-32: EV 0.8000 against 0.8000; the control reaches 100% (100 to 100) of it",
+        "KL score 0.9000 against 0.9000; the control reaches 100% (100 to 100) of it",
     ]
 
 
@@ -212,7 +212,7 @@ def test_of_the_other_metrics_the_number_of_which_a_control_has_most_is_told(run
         )  # fmt: skip
     numbers = answers_of(run)[CONTROL].numbers
     assert len(numbers) == 3 and "k=16" in numbers[2]
-    assert numbers[2].endswith("the control reaches 67% (67 to 67)")  # k = 16: 0.2 / 0.3; k = 1: 0.1 / 0.4
+    assert numbers[2].endswith("the control reaches 67% (67 to 67) of it")  # k = 16: 0.2 / 0.3; k = 1: 0.1 / 0.4
 
 
 def test_controls_are_asked_for_by_all_that_was_measured_but_stability(runs):
