@@ -33,7 +33,10 @@ def sparse_rows(seed: int, rows: int = ROWS) -> torch.Tensor:
 
 
 def write_cache(folder: Path, seed: int, max_norm: float | None = None) -> Cache:
-    """Layers 0 and 1 of such rows, sixteen to a context; those over `max_norm` medians of the norm are outliers."""
+    """A cache of layers 0 and 1, with rows of `sparse_rows`, sixteen to a context.
+
+    Rows whose norm is above `max_norm` times the median are outliers.
+    """
     layout = Layout(ROWS, WINDOW)
     contexts, length = ROWS // 16, 17
     Contexts(
@@ -85,7 +88,10 @@ def batches(sparse_cache: Cache) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def make() -> Callable[..., Variant]:
-    """A variant by the name of its recipe; options as keywords, or behind the name as "recipe option=value ..."."""
+    """A function that builds the variant of a recipe.
+
+    Options are keywords, or they follow the name of the recipe, as in "recipe option=value ...".
+    """
 
     def build(name: str, setting: RunConfig, **options: object) -> Variant:
         name, *written = name.split()
@@ -96,7 +102,7 @@ def make() -> Callable[..., Variant]:
 
 @pytest.fixture
 def make_variant(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[..., Variant]:
-    """A variant, built with seed 0 and the cache's constants; options as keywords."""
+    """A function that builds a variant with seed 0 and the cache's constants. Options are keywords."""
 
     def build(name: str, steps: int = 30, **options: object) -> Variant:
         torch.manual_seed(0)
@@ -140,6 +146,6 @@ def take(batches: list[torch.Tensor]) -> Callable[[Trainer, range], Iterator[int
 
 @pytest.fixture
 def compiled_by_one_thread() -> Iterator[None]:
-    """torch.compile starts no processes of its own: that takes longer than the work."""
+    """Keep torch.compile from starting worker processes, which takes longer than compiling here."""
     with torch._inductor.config.patch(compile_threads=1):
         yield

@@ -61,7 +61,7 @@ def join(processes: Sequence[multiprocessing.Process]) -> list[int | None]:
 
 
 class Launch:
-    """The runs of a config, trained by so many forked ranks, which leave what they say in `folder`."""
+    """The runs of a config, trained by `count` forked ranks. Each rank leaves a record of what it says in `folder`."""
 
     def __init__(self, folder: Path, count: int, config: TrainConfig, before: Before = lambda rank: None) -> None:
         self.folder, self.count, self.config, self.before = folder, count, config, before
@@ -101,7 +101,7 @@ class Launch:
 
 
 def launch(folder: Path, count: int, config: TrainConfig) -> Launch:
-    """Train to the end, which has to come. Every rank trained what no other did."""
+    """Train to the end, and check that every rank succeeds and that no run is trained by two ranks."""
     one = Launch(folder, count, config)
     assert one.end() == [0] * count, [one.said(rank)["error"] for rank in range(count)]
     names = [name for rank in range(count) for name in one.said(rank)["trained"]]

@@ -1,4 +1,4 @@
-"""A batch in parts: the weights of N parts are those of one but for rounding, for every recipe that does not refuse."""
+"""Training on a batch in N parts gives the weights of one part up to rounding, for every recipe that allows it."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ from sae.train.activation_functions import (
 
 def test_topk_keeps_the_two_largest() -> None:
     f_BF = TopK(2)(torch.tensor([[1.0, 4.0, 2.0, 3.0], [-1.0, -4.0, 5.0, -3.0], [-1.0, -2.0, -3.0, -4.0]]))
-    assert f_BF.tolist() == [[0, 4, 0, 3], [0, 0, 5, 0], [0, 0, 0, 0]]  # fewer where fewer are positive
+    assert f_BF.tolist() == [[0, 4, 0, 3], [0, 0, 5, 0], [0, 0, 0, 0]]  # fewer than k if fewer are positive
 
 
 def test_topk_keeps_k_of_equals() -> None:
@@ -49,12 +49,12 @@ def test_batchtopk_is_a_sort(k: float, batch: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 40, 900, 3000])
 def test_the_largest_of_a_batch_by_a_sample_are_those_of_a_sort(count: int) -> None:
-    """Whatever the sample holds: without a bound, all latents are sorted."""
+    """The result is that of a sort, whatever the sample holds. If the sample gives no bound, all latents are sorted."""
     torch.manual_seed(0)
     gaussian = torch.randn(20_000)
     in_sample, outside = torch.zeros(20_000), torch.randn(20_000)
     in_sample[::SAMPLE_EVERY] = 9.0  # the bound is too high
-    outside[::SAMPLE_EVERY] = -9.0  # as low as can be
+    outside[::SAMPLE_EVERY] = -9.0  # the bound is as low as it can be
     for z_N in (gaussian, gaussian.mul(2).round(), in_sample, outside, torch.full((20_000,), 0.5)):
         found_N = largest_indices(z_N, count)
         assert torch.equal(found_N, found_N.unique()) and len(found_N) == count
@@ -64,9 +64,9 @@ def test_the_largest_of_a_batch_by_a_sample_are_those_of_a_sort(count: int) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_functions, "topk_indices", pytest.fail)
         assert torch.equal(largest_indices(gaussian, count), by_sample)  # no sort of all
-    assert (largest_by_sample(in_sample, count) is None) == (count > 328)  # of which 9.0 is
+    assert (largest_by_sample(in_sample, count) is None) == (count > 328)  # 328 of them are 9.0
     broken = gaussian.clone()
-    broken[77] = math.nan  # in no sample; a step has to see it
+    broken[77] = math.nan  # the sample does not contain it, but a step has to see it
     assert largest_indices(broken, count).eq(77).any()
 
 
@@ -79,7 +79,7 @@ def test_batchtopk_afterwards_keeps_what_exceeds_the_threshold() -> None:
 
 @pytest.mark.parametrize(("now", "kept"), [(5.0, 20), (3.6, 14), (2.0, 8), (0.3, 1), (0.1, 1)])
 def test_the_cut_of_parts_under_an_annealed_k_is_the_rank_that_the_whole_batch_keeps(now: float, kept: int) -> None:
-    """`floor(now * tokens)` latents of four tokens, wherever a batch is divided; at least the largest."""
+    """However four tokens are divided, `floor(now * tokens)` latents are kept, but at least the largest one."""
     torch.manual_seed(0)
     activation, z_BF = BatchTopK(2), torch.rand(4, 10)  # all positive, and no two are equal
     activation.max_k, activation.now = 5.0, torch.tensor(now)
@@ -89,7 +89,7 @@ def test_the_cut_of_parts_under_an_annealed_k_is_the_rank_that_the_whole_batch_k
         assert activation.cut == z_BF.flatten().sort(descending=True).values[kept - 1]
         in_parts_BF = torch.cat([activation(part) for part in z_BF.split(sizes)])
         assert int((in_parts_BF > 0).sum()) == kept
-        assert torch.equal(in_parts_BF, whole_BF) or now * 4 < 1  # of which a whole batch keeps none
+        assert torch.equal(in_parts_BF, whole_BF) or now * 4 < 1  # then the whole batch keeps none
         activation.cut = None
 
 

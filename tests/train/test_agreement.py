@@ -1,8 +1,9 @@
 """Our recipes against the peers' own trainers, step for step, without the peers.
 
-Each fixture holds the weights that both sides begin with, and the losses of every step and the last weights that the
-peer's trainer came to in float64, on the rows of data.safetensors. Its metadata has the versions, our options, what was
-taken out of the peer's trainer, and the command that wrote it; benchmarks/peers/agree_train.py says more.
+Each fixture holds the initial weights of both sides, and the losses of every step and the final weights of the peer's
+trainer. The peer trained in float64 on the rows of data.safetensors. The fixture's metadata has the versions, our
+options, what was taken out of the peer's trainer, and the command that wrote the fixture. For more, see
+benchmarks/peers/agree_train.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints: damaged ones are skipped, those of other versions rejected."""
+"""Damaged checkpoints are skipped, and checkpoints of other versions are rejected."""
 
 import re
 import shutil
@@ -66,7 +66,7 @@ def test_a_checkpoint_is_of_one_step(make_trainer, tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_of_later_steps_do_not_push_out_valid_ones(make_trainer, tmp_path: Path) -> None:
-    """Two damaged ones with higher numbers, and one that is written now: it must stay."""
+    """The folder has two damaged checkpoints with higher numbers. The checkpoint that is written now must stay."""
     trainer = make_trainer("relu", 1000)
     for step in (900, 1000):
         trainer.i.fill_(step)

@@ -1,4 +1,4 @@
-"""Checkpoints in the background: the bytes of a training that waits; a kill or a full disk loses nothing."""
+"""Checkpoints in the background have the bytes of training that waits. A kill or a full disk loses nothing."""
 
 import errno
 import random
@@ -45,7 +45,10 @@ def steps_saved(folder: Path) -> list[int]:
 
 @pytest.fixture
 def written(monkeypatch) -> Callable[[Callable[[int], None]], list[int]]:
-    """Call a function before each checkpoint that is written, with its step; returns the steps, as they are whole."""
+    """A function that calls `before` with the step of each checkpoint before it is written.
+
+    It returns the list of steps whose checkpoints are whole.
+    """
 
     def arm(before: Callable[[int], None]) -> list[int]:
         write, steps = checkpoint.write_checkpoint, []
@@ -67,7 +70,7 @@ def full_disk(path: Path, *_: object) -> None:
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_the_bytes_are_those_that_safetensors_writes(make_trainer, batches, recipe: str) -> None:
-    """After one step, and copied over those with the state after the next."""
+    """The bytes match after one step, and again after the state of the next step is copied over the first."""
     trainer = make_trainer(recipe)
     trainer.step(batches[0])
     file = StateFile(training_state(trainer), pinned=False)
@@ -80,7 +83,7 @@ def test_the_bytes_are_those_that_safetensors_writes(make_trainer, batches, reci
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(sparse_cache, tmp_path: Path, written) -> None:
-    """The first is held until step 6 is done; the files are those of a training that waits for each."""
+    """The first checkpoint is held until step 6 is done. The files equal those of training that waits for each one."""
     whole = train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
     released, held = threading.Event(), []
     saved = written(lambda step: held.append((step, released.wait(WAIT))))
@@ -97,7 +100,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(sparse_cache, tmp_path: 
 
 
 def test_one_is_written_at_a_time(sparse_cache, tmp_path: Path, written, monkeypatch) -> None:
-    """The next waits, in the thread of training: nothing is copied over what is being written."""
+    """The next one waits in the training thread, so that nothing is copied over a checkpoint that is being written."""
     waited_for, before = threading.Event(), []
     saved = written(lambda step: waited_for.wait(0 if step > 4 else WAIT))
     wait, copy = CheckpointWriter.wait, CheckpointWriter._copy
@@ -118,7 +121,7 @@ def test_one_is_written_at_a_time(sparse_cache, tmp_path: Path, written, monkeyp
 
 
 def test_the_sae_is_written_after_the_last_checkpoint(sparse_cache, tmp_path: Path, written) -> None:
-    """Without that a kill in between would leave a finished run that cannot be written again."""
+    """Otherwise a kill between the two would leave a finished run that cannot be written again."""
     (folder,) = (run.folder for run in plan_training(make_config(sparse_cache, "batchtopk", out=tmp_path)).runs)
     found = []
     written(lambda step: (time.sleep(0.1 if step == 12 else 0), found.append((folder / "sae.safetensors").exists())))
@@ -130,7 +133,7 @@ def test_the_sae_is_written_after_the_last_checkpoint(sparse_cache, tmp_path: Pa
 def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
     sparse_cache, tmp_path: Path, monkeypatch, at: int
 ) -> None:
-    """With the message of a training that waits, at the next step or when the next checkpoint is due."""
+    """The message is that of training that waits. It comes at the next step or when the next checkpoint is due."""
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
     config, seen = make_config(sparse_cache, *NAMES, out=tmp_path / "out", log_every=1), []
     write, check, failed = checkpoint.atomic_write, CheckpointWriter.check, threading.Event()
@@ -166,7 +169,7 @@ def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
 
 
 def test_a_pass_ends_when_its_checkpoint_is_whole(sparse_cache, tmp_path: Path, written) -> None:
-    """Then the rows that it read may be removed, as a group of windows of a ring is."""
+    """After that, the rows that the pass read may be removed, as a ring removes a group of windows."""
     plan = plan_training(make_config(sparse_cache, "relu", out=tmp_path))
     trainer = prepare_trainer(plan.runs[0], "cpu", SILENT)
     set_normalization(trainer, trainer.run.cache)
@@ -177,7 +180,10 @@ def test_a_pass_ends_when_its_checkpoint_is_whole(sparse_cache, tmp_path: Path, 
 
 
 def test_a_writer_ends_when_its_thread_has_and_raises_what_failed(monkeypatch) -> None:
-    """An error of training is not replaced by it. After running out of memory it does not matter."""
+    """An error of training is not replaced by the writer's error.
+
+    After `give_up` (out of memory) the latter is ignored.
+    """
     wrote: list[int] = []
 
     def write(copies: object, step: int, copied: object) -> None:
@@ -222,7 +228,7 @@ def test_ctrl_c_does_not_say_that_all_is_saved_on_a_full_disk(sparse_cache, tmp_
 
 
 def test_a_state_of_another_layout_is_copied_into_new_bytes(tmp_path: Path, monkeypatch) -> None:
-    """As tensors that a mechanism makes between two steps."""
+    """A mechanism can create tensors between two steps."""
     states = [
         {"a": torch.ones(2), "b": torch.zeros(3)},
         {"a": torch.ones(2), "b": torch.zeros(4)},
@@ -277,7 +283,7 @@ def test_out_of_memory_waits_for_the_checkpoint_and_frees_the_copies(
 
 
 def test_a_run_that_fails_says_whether_it_has_a_checkpoint(sparse_cache, tmp_path: Path, monkeypatch, written) -> None:
-    """Not before the one that is being written is whole."""
+    """It says so only when the checkpoint that is being written is whole."""
     written(lambda step: time.sleep(0.1))
     step_of = shared_pass.RunTrainer.step
 
@@ -316,13 +322,16 @@ def test_another_error_of_a_copy_is_not_taken_for_it(sparse_cache, tmp_path: Pat
 
 
 def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """It says what they take; where they do not fit, it says that training waits, and it does."""
+    """The plan states the memory of the copies.
+
+    Where they do not fit, it states that training waits, and training does.
+    """
     config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
     plan = plan_training(config)
     state = 4 * 3 * (2 * 32 * 128 + 128 + 32)  # weights and two moments
     copies = passes.copied_bytes(plan.runs, "cpu")
     assert 2 * state < copies < 2.2 * state and plan.in_background
-    assert passes.copied_bytes(plan.runs, "cuda") == 2 << 17 > copies  # torch pins a power of two for each run
+    assert passes.copied_bytes(plan.runs, "cuda") == 2 << 17 > copies  # torch pins a power of two bytes for each run
     (line,) = (line for line in plan.describe(time=True) if line.startswith("saved"))
     assert line == (
         f"saved    while training continues, from copies of the states that take {copies / 1e6:.1f} MB of host memory"
@@ -352,12 +361,12 @@ def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -
 
 @pytest.mark.slow
 def test_fifty_kills_during_checkpoints(sparse_cache, tmp_path: Path) -> None:
-    """Three runs share a pass. Each time the resumed runs end byte-equal."""
+    """Three runs share a pass. After every kill, the resumed runs end with the same bytes."""
     settings = {"steps": 20, "checkpoint_every": 1}
     train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole", **settings))
     expected, out = contents(tmp_path / "whole"), tmp_path / "out"
     config = make_config(sparse_cache, *NAMES, out=out, **settings)
-    files = random.Random(0).sample(range(3 * 20 * 2), 50)  # a state and its record, of 20 checkpoints of each run
+    files = random.Random(0).sample(range(3 * 20 * 2), 50)  # a state and a record in each of 20 checkpoints of 3 runs
     assert {file % 2 for file in files[:20]} == {file % 2 for file in files[20:40]} == {0, 1}
     for number, file in enumerate(files):
         moment = ("before", "before", "after", "after", "later")[number // 10]

@@ -23,19 +23,19 @@ SECONDS = st.integers(1, 60).map(float)
 
 @st.composite
 def works(draw, reading: bool = True, most: int = 7) -> list[Work]:
-    """Runs of up to three streams; the runs of a stream take equally long to read."""
+    """Runs from up to three streams. All runs of a stream have the same reading time."""
     readings = [draw(SECONDS) if reading else 0.0 for _ in range(3)]
     streams = draw(st.lists(st.integers(0, 2), min_size=1, max_size=most))
     return [Work((n,), stream, draw(SECONDS), readings[stream]) for n, stream in enumerate(streams)]
 
 
 def seconds_of(runs: list[Work]) -> float:
-    """What a rank takes, by the definition: the steps of all, and each stream read once."""
+    """The seconds of a rank by definition: the steps of all its runs, and each of its streams read once."""
     return sum(run.seconds for run in runs) + sum({run.stream: run.reading for run in runs}.values())
 
 
 def best_end(runs: list[Work], ranks: int) -> float:
-    """By trying all deals."""
+    """The earliest possible end, found by trying all deals."""
     return min(
         max(seconds_of([run for run, rank in zip(runs, dealt, strict=True) if rank == one]) for one in range(ranks))
         for dealt in itertools.product(range(ranks), repeat=len(runs))
@@ -61,7 +61,7 @@ def test_every_run_is_dealt_once_and_shares_know_their_time(runs: list[Work], ra
         assert share.seconds == pytest.approx(seconds_of(mine))
         assert share.readings == len({run.stream for run in mine})
     longest, total = max(run.alone for run in runs), sum(run.alone for run in runs)
-    assert end_of(shares) <= total / ranks + longest * (1 - 1 / ranks) + 1e-5  # Graham's bound of any such list
+    assert end_of(shares) <= total / ranks + longest * (1 - 1 / ranks) + 1e-5  # Graham's bound for any list
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,11 +91,11 @@ def test_a_cut_in_order_is_the_best_cut(runs: list[Work], ranks: int) -> None:
 
 
 def test_streams_stay_together_where_nothing_is_lost() -> None:
-    """Two streams of four equal runs, on two ranks: each reads one."""
+    """Two streams of four equal runs are dealt to two ranks, and each rank reads one stream."""
     runs = [Work((n,), n % 2, 10.0, 3.0) for n in range(8)]
     assert sorted(sorted(share.runs) for share in deal(runs, 2)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert sorted(share.readings for share in deal(runs, 3)) == [1, 1, 2] and end_of(deal(runs, 3)) == 33
-    assert sorted(len(share.runs) for share in deal(runs[::2], 2)) == [2, 2]  # one stream, which is divided
+    assert sorted(len(share.runs) for share in deal(runs[::2], 2)) == [2, 2]  # a single stream is divided
 
 
 def test_more_ranks_than_runs_leave_some_without() -> None:
@@ -159,7 +159,10 @@ def test_only_the_steps_that_are_left_count(sparse_cache, tmp_path, monkeypatch)
 
 
 def test_what_is_read_of_a_store_takes_longer(sparse_cache, tmp_path, monkeypatch) -> None:
-    """So runs that share batches stay together, where those of a disk are divided; the plan says what it assumes."""
+    """Runs that share batches therefore stay together when they read a store, where the deal for a disk divides them.
+
+    The plan states the speed that it assumes.
+    """
     plan = plan_of(sparse_cache, tmp_path, monkeypatch)
     large = [run for run in plan.runs if run.hook.layer == 0]  # 9 seconds a step for six runs
     small = [run for run in plan.runs if run.hook.layer == 1 and run.recipe.name == "relu"][:2]  # 2 seconds
@@ -176,7 +179,7 @@ def test_what_is_read_of_a_store_takes_longer(sparse_cache, tmp_path, monkeypatc
 
 
 def test_the_memory_of_a_pass_counts(sparse_cache, tmp_path, monkeypatch) -> None:
-    """Room for two of the six runs of a stream: three parts of one half each."""
+    """A pass has room for two of the six runs of a stream, so each of three runs takes half of it."""
     plan = plan_of(sparse_cache, tmp_path, monkeypatch)
     stream = [run for run in plan.runs if run.hook.layer == 0 and run.recipe.name == "relu"]
     assert shares_module.memory_parts(stream, "cpu") == [0.0] * 3

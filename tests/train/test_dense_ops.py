@@ -1,4 +1,4 @@
-"""The products of a dense step, with what is done in their passes, equal the same formulas left to autograd."""
+"""The products of a dense step, and what is fused into their passes, equal autograd on the same formulas."""
 
 import pytest
 import torch
@@ -242,7 +242,7 @@ def test_batchtopk_chooses_the_largest_of_the_batch_by_groups() -> None:
 
 
 def test_an_sae_in_training_takes_rows_of_any_shape() -> None:
-    """A new SAE is in training. Only batches (B, d_in) have the products of a step."""
+    """A new SAE is in training mode. Only inputs of shape (B, d_in) use the products of a training step."""
     torch.manual_seed(0)
     x_NSD = torch.randn(3, 5, 8)
     for activation in (ReLU(), TopK(2)):

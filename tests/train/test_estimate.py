@@ -31,7 +31,7 @@ def make_config(cache, *variants, **more):
 
 
 def passing(run):
-    """A third checkpoint before the first is removed; there is no SAE yet."""
+    """Bytes needed in passing: a third checkpoint is written before the first is removed, while there is no SAE yet."""
     return run_bytes(run).state - run_bytes(run).sae
 
 
@@ -88,7 +88,11 @@ def test_runs_take_turns_and_those_that_are_alike_are_timed_once(monkeypatch):
 
 
 def test_alike_runs_share_a_variant_without_values():
-    """Not with another recipe of the same name, other options or sizes, nor where there are values."""
+    """Equal specs share one variant on the meta device.
+
+    A variant is not shared with another recipe object of the same name, with other options or sizes, or on a device
+    where tensors have values.
+    """
     relu, config = find_recipe("relu"), RunConfig(4, 8, 10, 16)
     variant = untrained_variant(Spec(relu, {}, config), "meta")
     assert untrained_variant(Spec(relu, {}, config), "meta") is variant
@@ -140,7 +144,7 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
         step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu")
     memory = run_memory(Spec(find_recipe("relu"), {}, wide), "cpu", 32)
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1.9 * (memory.state + memory.step))
-    with pytest.raises(UnavailableError, match="not timed: a step of relu"):  # more than half of it
+    with pytest.raises(UnavailableError, match="not timed: a step of relu"):  # the step needs more than half of this
         step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu")
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1e8)
     assert step_seconds(Spec(find_recipe("relu"), {}, wide), "cpu") > 0
@@ -148,7 +152,8 @@ def test_a_dry_run_takes_little_of_the_memory(monkeypatch):
         UnavailableError, match="not timed: a step of decorrelation"
     ):  # a matrix of all pairs of latents
         step_seconds(Spec(find_recipe("decorrelation"), {"pair_choice": "exact"}, wide), "cpu")
-    monkeypatch.setattr(estimate, "available_memory", lambda device: 5e8)  # enough for all but the pairs
+    # This is enough for everything except the matrix of pairs.
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 5e8)
     with pytest.raises(UnavailableError, match="not timed: a step of competition"):
         step_seconds(Spec(find_recipe("competition"), {"pair_store": "dense"}, wide), "cpu")
 

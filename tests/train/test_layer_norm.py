@@ -220,7 +220,7 @@ def test_an_sae_in_memory_is_accepted_for_evaluation() -> None:
 
 
 def saelens_by_hand(folder: Path, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and reconstructions as SAELens computes them: a layer norm in, the same out."""
+    """Latents and reconstructions as SAELens computes them: it normalizes each token and undoes that in the output."""
     w = {name: tensor.double() for name, tensor in load_file(folder / "sae_weights.safetensors").items()}
     mean_B1, deviation_B1 = x_BD.mean(-1, keepdim=True), x_BD.std(-1, keepdim=True)
     f_BF = (((x_BD - mean_B1) / (deviation_B1 + 1e-5)) @ w["W_enc"] + w["b_enc"]).relu()

@@ -168,7 +168,7 @@ def test_the_logged_variance_is_around_the_mean_of_the_batch_and_the_norm_is_tha
         trainer: Trainer = make_trainer("relu", clip=clip, normalize="none", b_dec_init="zero")
         step = trainer.step(batches[0])
         logged.append(trainer.pop_metrics(reset=False))
-        assert trainer.pop_metrics() == logged[-1]  # what is only looked at is kept
+        assert trainer.pop_metrics() == logged[-1]  # reset=False keeps the metrics
     x_BD, error_BD = batches[0].double(), (step.x_BD - step.recon_BD).detach().double()
     assert x_BD.mean(0).norm() > 1
     expected = 1 - error_BD.square().sum() / (x_BD - x_BD.mean(0)).square().sum()
@@ -177,7 +177,10 @@ def test_the_logged_variance_is_around_the_mean_of_the_batch_and_the_norm_is_tha
 
 
 def test_l0_counts_latents_that_are_not_zero() -> None:
-    """Three of two tokens; a negative latent is active, and what is positive before the activation is not."""
+    """Two tokens have three active latents.
+
+    A negative latent is active; one that is positive only before the activation is not.
+    """
     f_BF = torch.tensor([[0.0, -2.0, 0.5], [3.0, 0.0, 0.0]])
     x_BD = torch.zeros(2, 1)
     assert float(Step(torch.tensor(0), None, None, x_BD, f_BF.abs() + 1, f_BF, x_BD).l0) == 1.5

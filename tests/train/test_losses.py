@@ -17,7 +17,10 @@ def step_of(sae: SAE, x_BD: torch.Tensor, i: int = 0, optimizer=None) -> Step:
 
 
 def step_with(x_BD=((0.0,),), f_BF=((0.0,),), recon_BD=((0.0,),), i: int = 0) -> Step:
-    """A step with these numbers in it. Pre-activations differ from latents, so that nothing can confuse them."""
+    """A step with the given tensors.
+
+    Pre-activations differ from latents, so that a test notices if they are confused.
+    """
     latents_BF, sae = torch.tensor(f_BF), SAE(len(x_BD[0]), len(f_BF[0]))
     return Step(torch.tensor(i), sae, None, torch.tensor(x_BD), latents_BF - 0.7, latents_BF, torch.tensor(recon_BD))
 
@@ -33,7 +36,7 @@ def test_l1_sums_over_latents_and_averages_over_tokens() -> None:
 
 
 def test_l1_of_latents_that_can_be_negative_is_of_their_sizes() -> None:
-    """As of those that batch normalization or Gram-Schmidt has changed."""
+    """Batch normalization and Gram-Schmidt can make latents negative."""
     step = step_with(x_BD=((0.0,), (0.0,)), f_BF=((1.0, -2.0, 0.0), (0.0, 0.0, -4.0)))
     step.sae.activation = activation_chain([Signed()])
     step.f_BF.requires_grad_()
@@ -43,7 +46,7 @@ def test_l1_of_latents_that_can_be_negative_is_of_their_sizes() -> None:
 
 
 class Signed(Activation):
-    """The identity, of which latents can be negative."""
+    """The identity as an activation: its latents can be negative."""
 
     def forward(self, z_BF: torch.Tensor) -> torch.Tensor:
         return z_BF
@@ -80,7 +83,7 @@ def aux_sae(pre_bias: bool = True) -> tuple[SAE, torch.Tensor]:
 @pytest.mark.parametrize("pre_bias", [True, False])
 @pytest.mark.parametrize("dead", [[7], [3, 50, 99], list(range(20, 90)), list(range(100))], ids=len)
 def test_auxk_on_the_gathered_dead_is_the_masked_one(dead: list[int], pre_bias: bool) -> None:
-    """The value and every gradient; padding (one dead latent is padded to 64) adds nothing."""
+    """The value and every gradient agree. Padding (one dead latent is padded to 64) adds nothing."""
     sae, x_BD = aux_sae(pre_bias)
     gradients = []
     for loss in (AuxK(dead_set(100, dead), k_aux=4), lambda step: aux_reference(step, dead, k_aux=4)):
@@ -103,7 +106,10 @@ def test_auxk_is_zero_without_dead_latents_and_without_a_residual_to_explain() -
 
 
 def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decoder() -> None:
-    """x = (3, 2, 1) in unit latents: with three kept the error is 0, with two 1^2, with one (the SAE's) 2^2 + 1^2."""
+    """x = (3, 2, 1) has orthonormal latents.
+
+    The squared error is 0 with three latents kept, 1^2 with two, and 2^2 + 1^2 with one, which is the SAE's own.
+    """
     sae = SAE(3, 3, [TopK(1)], pre_bias=False)
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
@@ -111,7 +117,8 @@ def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decod
     step = step_of(sae, torch.tensor([[3.0, 2.0, 1.0]]))
     assert [float(term(step).detach()) for term in (MSE(), MultiTopK(2), MultiTopK(3))] == [5.0, 1.0, 0.0]
     MultiTopK(2)(step).backward()
-    # error e = (0, 0, 1): row i of W_dec gets -2 f_i e, no other row does; latents with rows orthogonal to e get 0
+    # The error is e = (0, 0, 1). The gradient of row i of W_dec is -2 f_i e if latent i is kept, and 0 otherwise.
+    # Latents whose rows are orthogonal to e get 0.
     assert sae.W_dec.grad.tolist() == [[0, 0, -6], [0, 0, -4], [0, 0, 0]]
     with torch.no_grad():
         sae.W_dec[1] = torch.tensor([0.0, 1.0, 1.0])

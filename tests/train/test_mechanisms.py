@@ -79,13 +79,14 @@ def test_unit_norm_removes_the_radial_gradient_and_restores_the_norm() -> None:
 def test_activity_follows_how_often_a_latent_fires() -> None:
     mechanism = ActivityEMA(2, beta=0.9, threshold=0.5)
     for _ in range(2):
-        mechanism.after_step(step_with(f_BF=((1.0, 0.5), (0.2, 0.0))))  # one of two over the threshold, none
+        # Latent 0 exceeds the threshold in one of two tokens, latent 1 in none.
+        mechanism.after_step(step_with(f_BF=((1.0, 0.5), (0.2, 0.0))))
     assert mechanism.rate_F.tolist() == pytest.approx([0.1 * 0.5 + 0.9 * 0.1 * 0.5, 0.0])
 
 
 def test_a_latent_below_zero_does_not_fire() -> None:
     class Signed(Activation):
-        """One after which latents can be negative."""
+        """An activation whose latents can be negative."""
 
     step = step_with(f_BF=((1.0, -0.5), (0.2, 0.0)))
     step.sae = SAE(2, 2, [Signed()])

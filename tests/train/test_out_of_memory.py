@@ -33,7 +33,10 @@ def steps_saved(folder: Path) -> list[int]:
 
 @pytest.fixture
 def fail_once(monkeypatch):
-    """Make the call number `at` of a method raise an error, once, when it has done what it does `after` all."""
+    """A function that makes call number `at` of a method raise an error, once.
+
+    With `after`, the call first does its work.
+    """
 
     def arm(owner: type, name: str, at: int, error: BaseException, after: bool = False) -> None:
         method, calls = getattr(owner, name), []
@@ -55,7 +58,7 @@ def fail_once(monkeypatch):
     "error", [CUDA, HOST, MemoryError("Unable to allocate 3.0 GiB")], ids=["cuda", "host", "numpy"]
 )
 def test_every_run_is_saved_before_the_step_and_goes_on(sparse_cache, tmp_path: Path, fail_once, error) -> None:
-    """The second run of three fails in step 7: the first has taken it, the others have not."""
+    """The second of three runs fails in step 7. The first run has taken that step, and the others have not."""
     whole = train(make_config(sparse_cache, *NAMES, out=tmp_path / "whole"))
     config = make_config(sparse_cache, *NAMES, out=tmp_path / "out")
     runs = plan_training(config).runs
@@ -113,7 +116,7 @@ def test_a_step_that_was_changing_the_state_is_taken_again_from_the_last_checkpo
     fail_once(owner, name, at, HOST, after)
     with pytest.raises(UnavailableError, match=f"Nothing is lost: {run.name} continues from step") as raised:
         train(config)
-    step = 7 if name == "run_periodic" and after else 4  # after it the step is whole
+    step = 7 if name == "run_periodic" and after else 4  # the step is complete after run_periodic
     assert f"continues from step {step}." in str(raised.value) and steps_saved(run.folder)[-1] == step
     train(config)
     assert files_of(run.folder) == files_of(whole)
@@ -184,7 +187,10 @@ def test_tensors_of_the_failed_step_are_freed_before_anything_is_saved(
 
 
 def test_a_run_can_be_resumed_in_more_parts(sparse_cache, tmp_path: Path, fail_once) -> None:
-    """The rest of the run differs by rounding, run.json says from where, and the number of parts stays."""
+    """The rest of the run differs by rounding.
+
+    run.json records the step of the change, and the number of parts stays.
+    """
     (whole,) = train(make_config(sparse_cache, "topk", out=tmp_path / "whole"))
     config = make_config(sparse_cache, "topk", out=tmp_path / "out")
     (run,) = plan_training(config).runs
@@ -196,7 +202,7 @@ def test_a_run_can_be_resumed_in_more_parts(sparse_cache, tmp_path: Path, fail_o
     train(resume, TrainProgress(step=lambda step, *_: seen.append(step)))
     record = read_json(run.folder / "run.json")
     assert record["accumulate_since"] == [[6, 4]] and "accumulate" not in record and seen[-1] == 12
-    assert plan_training(config).runs[0].config.accumulate == 4  # the same command keeps it
+    assert plan_training(config).runs[0].config.accumulate == 4  # the same command keeps the number of parts
     assert plan_training(TrainConfig(resume=[run.folder])).runs[0].config.accumulate == 4
     one, other = (torch.frombuffer(bytearray(files_of(f)[0][-4000:]), dtype=torch.float32) for f in (whole, run.folder))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -65,13 +65,16 @@ def test_a_step_takes_what_its_trace_says(name: str) -> None:
         traced = trace_steps(live, run, "cpu", run.config.batch_size)
     with LiveBytes() as live:
         assert trace_steps(live, run, "cpu", run.config.batch_size) == traced
-    outside = LiveBytes()  # not entered: it counts nothing
+    outside = LiveBytes()  # not entered, so it counts nothing
     peak = allocated_peak(lambda: trace_steps(outside, run, "cpu", run.config.batch_size))
     assert (0.55 if name == "decorrelation" else 0.7) <= peak / traced.peak <= 1.1
 
 
 def test_sorting_a_whole_batch_counts() -> None:
-    """`topk` on a CPU copies what it sorts, 16 bytes an element; rows are sorted one after the other."""
+    """`topk` on a CPU copies what it sorts, at 16 bytes per element.
+
+    It sorts rows one after the other, so it copies one row at a time.
+    """
     x_BF = torch.zeros(64, 1000)
     for values, copied in ((x_BF.flatten(), 64_000), (x_BF, 1000)):
         with LiveBytes() as live:

@@ -29,12 +29,12 @@ from sae.train.variant import RunConfig
 from .runs import make_config, train
 
 STEPS = 4
-LIKE_FLOAT32 = 0.02  # of the loss, by which that of products in bfloat16 may differ
+LIKE_FLOAT32 = 0.02  # share of the loss by which products in bfloat16 may change it
 
 
 @pytest.fixture
 def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Lets the processor have these flags by /proc/cpuinfo; None: there is no such file."""
+    """A function that makes /proc/cpuinfo list the given flags. With None there is no such file."""
 
     def pretend(flags: str | None) -> None:
         file = tmp_path / "cpuinfo"
@@ -47,7 +47,7 @@ def processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_takes_steps_in_bfloat16_on_a_cpu(name, make_variant, batches) -> None:
-    """Finite, near float32, with float32 masters; and resumed bit for bit."""
+    """The state is finite, near that of a float32 run, has float32 master weights, and is bit-exact after a resume."""
 
     def new(kind: str) -> Trainer:
         return Trainer(make_variant(name, STEPS), STEPS, "cpu", precision=kind)
@@ -109,7 +109,8 @@ def test_the_settings_of_torch_are_a_runs_own_and_are_put_back(make_trainer, bat
         trainer.variant.mechanisms[0].after_step = lambda step: seen.append(backend.fp32_precision)  # type: ignore
         seen.clear()
         trainer.step(batches[0])
-        assert set(seen[:-1]) == {setting} and len(seen) == 5 and seen[-1] == before[0]  # two losses, there and back
+        # Two losses are seen forward and backward, and then after_step.
+        assert set(seen[:-1]) == {setting} and len(seen) == 5 and seen[-1] == before[0]
         assert (backend.fp32_precision, torch.get_float32_matmul_precision()) == before
     with pytest.raises(ZeroDivisionError), float32_products("tf32"):
         1 / 0  # noqa: B018
@@ -119,7 +120,7 @@ def test_the_settings_of_torch_are_a_runs_own_and_are_put_back(make_trainer, bat
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "tf32"])
 def test_every_pass_has_the_precision_of_the_run(make_trainer, batches, kind: str, parts: int) -> None:
-    """That of a step, of each of its parts, the one that finds what a batch in parts keeps, and that of calibration."""
+    """The passes are those of a step, of its parts, of finding what a batch in parts keeps, and of calibration."""
     trainer, seen = Trainer(make_trainer("batchtopk").variant, STEPS, "cpu", parts, kind), []
     activation = trainer.variant.sae.activation[0]
     set_cut = activation.set_cut
@@ -143,7 +144,7 @@ def test_every_pass_has_the_precision_of_the_run(make_trainer, batches, kind: st
 
 @pytest.mark.parametrize("of_torch", ["tf32", "ieee"])
 def test_a_setting_of_one_backend_alone_is_put_back_too(of_torch: str) -> None:
-    """torch refuses to read its general setting then."""
+    """torch refuses to read its general setting while one backend has a setting of its own."""
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
     try:
@@ -204,7 +205,10 @@ def test_tf32_needs_a_gpu_that_has_it(monkeypatch) -> None:
 
 
 def test_a_run_in_bfloat16_is_another_run_and_resumes_as_it_was(sparse_cache: Cache, processor, tmp_path: Path) -> None:
-    """Killed after a checkpoint it ends with the same bytes; float32 leaves records as they were."""
+    """A run killed after a checkpoint ends with the same bytes.
+
+    Records of float32 runs have no entry for the precision, as before.
+    """
     processor("avx512_bf16")
     config = make_config(sparse_cache, "topk", options=["k=4"], out=tmp_path / "a", precision="bfloat16")
     (run,) = train(config)
@@ -244,7 +248,7 @@ def test_a_started_run_keeps_its_precision(sparse_cache: Cache, processor, tmp_p
 
 
 def test_runs_of_one_command_may_differ_in_their_precision(sparse_cache: Cache, processor, tmp_path: Path) -> None:
-    """Only if they are resumed: they share a pass, and each ends as it does alone."""
+    """Runs of different precision are combined only by a resume. They share a pass, and each ends as it does alone."""
     processor("avx512_bf16")
     alone, shared = [], []
     for kind in ("bfloat16", "float32"):
@@ -264,7 +268,10 @@ def test_runs_of_one_command_may_differ_in_their_precision(sparse_cache: Cache, 
 
 
 def test_runs_of_earlier_versions_have_the_default_of_their_device(sparse_cache: Cache, tmp_path: Path) -> None:
-    """A run on a GPU was in bfloat16, without saying so; the same command finds it under its old name."""
+    """A run on a GPU computed in bfloat16 without recording it.
+
+    The same command finds such a run under its old name.
+    """
     assert recorded_precision({"device": "cuda:0", "asked": {}}) == "bfloat16"
     assert recorded_precision({"device": "cpu"}) == recorded_precision({}) == "float32"
     assert recorded_precision({"device": "cuda", "asked": {"precision": "float32"}}) == "float32"
@@ -275,11 +282,11 @@ def test_runs_of_earlier_versions_have_the_default_of_their_device(sparse_cache:
     named = make_config(sparse_cache, "relu", out=tmp_path, precision="bfloat16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "cpu_flags", lambda: {"amx_bf16"})
-        assert plan_training(named).runs[0].folder != run  # that one is of a CPU
+        assert plan_training(named).runs[0].folder != run  # the run was trained on a CPU
         RUN_RECORD.write(run / "run.json", gpu)
         assert plan_training(named).runs[0].folder == run
     plain = make_config(sparse_cache, "relu", out=tmp_path)
-    assert plan_training(plain).runs[0].done  # and a finished one is found by the command that trained it
+    assert plan_training(plain).runs[0].done  # the command that trained a finished run finds it
     for unfinished in (False, True):
         if unfinished:
             (run / "sae.json").unlink()

@@ -45,12 +45,15 @@ def config_of(cache, out: Path, *variants: str, **changes) -> TrainConfig:
 
 @pytest.fixture
 def ranks_time_alike(monkeypatch) -> None:
-    """Every step takes as long, so that the deal is the same each time."""
+    """Give every step the same time, so that runs are dealt to processes in the same way each time."""
     monkeypatch.setattr(shares, "step_times", lambda runs, device: [1.0] * len(runs))
 
 
 def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """Also the records, but for times and the number of processes. The first shows both while it trains its own."""
+    """The records are the same too, except for times and the number of processes.
+
+    The first process shows the progress of both while it trains its own runs.
+    """
     monkeypatch.setattr(ranks, "UPDATE_SECONDS", 0)
     train(config_of(sparse_cache, tmp_path / "one"))
     two = launch(tmp_path / "said", 2, config_of(sparse_cache, tmp_path / "two"))
@@ -68,7 +71,7 @@ def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monke
 
 @pytest.fixture(scope="module")
 def called_alone(tmp_path_factory) -> dict[str, Any]:
-    """The folder of what one process trained, and what it printed and reported, once for all numbers of processes."""
+    """What one process trained, printed and reported, shared by the tests of all numbers of processes."""
     return {"folder": tmp_path_factory.mktemp("called") / "one"}
 
 
@@ -77,7 +80,7 @@ def called_alone(tmp_path_factory) -> dict[str, Any]:
 def test_the_command_in_any_number_of_processes_gives_the_bytes_of_one(
     sparse_cache, tmp_path: Path, launcher: WorkerProcess, called_alone: dict[str, Any], count: int
 ) -> None:
-    """Over seeds, layers and batch sizes; two processes are started by torchrun, without a fork where they train."""
+    """Runs vary in seed, layer and batch size. torchrun starts two processes; those that train are not forked."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--layer", 1, "--seed", 0, "--seed", 1,
              "--steps", 12, "--batch-size", 64, "--width", 128, "--device", "cpu", "--checkpoint-every", 4,
              "--log-every", 2, *(word for name in RECIPES for word in ("--variant", name))]  # fmt: skip
@@ -85,7 +88,7 @@ def test_the_command_in_any_number_of_processes_gives_the_bytes_of_one(
     environment["OMP_NUM_THREADS"] = "1"
 
     def call(processes: int, out: Path, *more: str) -> tuple[str, str]:
-        """What they print and report."""
+        """Run the command in `processes` processes and return their stdout and stderr."""
         command = [*map(str, words), "--out", str(out), *more]
         if processes == 2 and not more:
             command = [sys.executable, *TORCHRUN, "2", "-m", "sae", *command]
@@ -117,7 +120,7 @@ def test_the_command_in_any_number_of_processes_gives_the_bytes_of_one(
 
 @pytest.mark.slow
 def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path) -> None:
-    """Batch sizes make more streams; the runs that three processes began, two and then one go on with."""
+    """Three processes begin the runs; two and then one continue them. Several batch sizes make more streams."""
     settings = {"seeds": [0, 1], "steps": 40}
     train(config_of(sparse_cache, tmp_path / "one", **settings))
     expected, out = contents(tmp_path / "one"), tmp_path / "out"
@@ -125,7 +128,7 @@ def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path
     started = tmp_path / "started"
 
     def before(rank: int) -> None:
-        attempt = ranks.attempt  # which is called when signals are handled
+        attempt = ranks.attempt  # signals are handled while it runs
         ranks.attempt = lambda *args: ((started / str(rank)).touch(), attempt(*args))[1]
 
     for count in (3, 2):
@@ -150,7 +153,7 @@ def test_three_processes_and_another_number_goes_on(sparse_cache, tmp_path: Path
 
 @pytest.mark.slow
 def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
-    """The others finish their runs, the first of them says whose are missing, and another number goes on."""
+    """The others finish their runs, the first of them names whose runs are missing, and another number continues."""
     settings = {"steps": 20, "checkpoint_every": 1}
     train(config_of(sparse_cache, tmp_path / "one", **settings))
     expected, out, rng = contents(tmp_path / "one"), tmp_path / "out", random.Random(0)
@@ -158,7 +161,7 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
     for number in range(25):
         count = 2 + number % 2
         victim, moment = (number // 2) % count, ("before", "after", "later")[number % 3]
-        file = rng.randrange(2 * 20 * 2)  # a state and its record, of 20 checkpoints of at least two runs
+        file = rng.randrange(2 * 20 * 2)  # a state and a record in each of 20 checkpoints of at least two runs
         kill = lambda rank: die_at(moment, file, CHECKPOINTS) if rank == victim else None  # noqa: B023, E731
         one = Launch(tmp_path / f"said{number}", count, config, before=kill)
         codes = one.end()
@@ -188,7 +191,7 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
 def test_torchrun_ends_the_others_with_checkpoints(
     sparse_cache, tmp_path: Path, request, launcher: WorkerProcess, victim: int | None
 ) -> None:
-    """When one is killed; and all of them after Ctrl-C, where nothing is forked."""
+    """This happens when one is killed. After Ctrl-C all of them end; that case forks nothing."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--steps", 100_000, "--batch-size", 64,
              "--width", 128, "--device", "cpu", "--checkpoint-every", 50, *("--seed 0 --seed 1 --seed 2".split()),
              "--variant", "topk", "--out", tmp_path / "out"]  # fmt: skip
@@ -231,14 +234,14 @@ def test_torchrun_ends_the_others_with_checkpoints(
 
 @pytest.mark.slow
 def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
-    """Its process says so at once, and waits for the others, which a launcher would end with it."""
+    """Its process reports this at once and waits for the others, because a launcher would end them together with it."""
 
     def before(rank: int) -> None:
         step_of = shared_pass.RunTrainer.step
 
         def step(trainer, x_BD):
             if rank == 0:
-                time.sleep(0.02)  # it is done later than the other
+                time.sleep(0.02)  # rank 0 finishes after rank 1
             elif int(trainer.i) == 6:
                 x_BD = torch.full_like(x_BD, torch.inf)
             return step_of(trainer, x_BD)
@@ -267,7 +270,7 @@ def test_a_run_that_fails_costs_the_others_nothing(sparse_cache, tmp_path: Path,
 def test_a_run_fails_after_the_first_process_has_finished_and_died(
     sparse_cache, tmp_path: Path, ranks_time_alike
 ) -> None:
-    """The next one gives the summary, though nothing that the first had to do is missing."""
+    """The next process gives the summary, although the first process had finished all its runs."""
 
     def before(rank: int) -> None:
         wait, write = ranks.Watch.wait, checkpoint.atomic_write
@@ -321,7 +324,7 @@ def test_a_full_disk_of_one_process(sparse_cache, tmp_path: Path, ranks_time_ali
 
 @pytest.mark.slow
 def test_a_second_launch_is_refused_and_the_first_goes_on(sparse_cache, tmp_path: Path) -> None:
-    """Before it has trained anything, whatever its number of processes, and with runs of its own beside."""
+    """It is refused before it trains anything, whatever its number of processes, and even if it has other runs too."""
     settings = {"steps": 60}
     train(config_of(sparse_cache, tmp_path / "one", **settings))
     config = config_of(sparse_cache, tmp_path / "out", **settings)
@@ -358,7 +361,7 @@ def group_of(told: Callable[[object], list]) -> Callable[[int], ProcessGroup]:
 
 
 def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path, ranks_time_alike) -> None:
-    """As of a machine that finds another cache."""
+    """For example, one machine may find another cache."""
     plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
     others = [("relu-L00-another", "relu-L01-another"), []]
     assert isinstance(plan.shares[0], RankShare)
@@ -371,7 +374,7 @@ def test_processes_that_plan_other_runs_are_refused(sparse_cache, tmp_path: Path
         ):
             ranks.dealt_runs(plan, group)
     shares_of = ranks.dealt_runs(plan, ProcessGroup(1, 2, gather=lambda mine: [(mine[0], [[1], [0]]), mine]))
-    assert shares_of == [[plan.runs[1]], [plan.runs[0]]]  # what the first dealt, not this one
+    assert shares_of == [[plan.runs[1]], [plan.runs[0]]]  # the deal of process 0, not of this one
 
 
 def test_a_lock_that_is_not_seen_is_refused(sparse_cache, tmp_path: Path, monkeypatch) -> None:
@@ -395,7 +398,10 @@ def test_a_lock_is_seen_and_what_its_death_leaves(tmp_path: Path) -> None:
 
 
 def test_files_of_another_machine_are_waited_for(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """A network file system may show them late; not on one machine, and not those of a process that died."""
+    """A network file system may show them late.
+
+    Files of the same machine or of a process that died are not waited for.
+    """
     plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
     watch = ranks.Watch([plan.runs[:1], plan.runs[1:]], ProcessGroup(0, 2), SILENT)
     monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)

@@ -107,7 +107,7 @@ def test_one_that_died_after_its_own_runs_leaves_the_word_to_the_next(
 def test_one_that_dies_when_it_is_about_to_report_leaves_the_word_to_the_next(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 and rank 2 look while rank 0 is there, and wait for it: then it dies, and rank 1 reports."""
+    """Ranks 1 and 2 find that rank 0 is alive and wait for it. Then rank 0 dies, and rank 1 reports."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     shares = [[run] for run in planned(sparse_cache, tmp_path, seeds=[0, 1, 2])[:3]]
     first, second, third = (ranks.Watch(shares, ProcessGroup(rank, 3), SILENT) for rank in range(3))
@@ -148,7 +148,7 @@ def test_one_that_is_interrupted_before_it_has_reported_leaves_the_word_to_the_n
 def test_what_a_process_says_at_the_end_is_said_while_it_is_there(
     two_ranks: tuple[ranks.Watch, ranks.Watch], kind: type[SaeError]
 ) -> None:
-    """If it dies before that, another says it."""
+    """If the process dies before it reports, another process reports instead."""
     watch, other = two_ranks
     said: list[tuple[str, bool]] = []
     file = watch.shares[0][0].folder / ranks.PRESENCE
@@ -159,7 +159,10 @@ def test_what_a_process_says_at_the_end_is_said_while_it_is_there(
 
 
 def test_a_run_whose_last_launch_has_not_ended_is_refused(two_ranks: tuple[ranks.Watch, ranks.Watch]) -> None:
-    """Each would wait for the other: it for its others, among them the runs of this launch, and this one for it."""
+    """Otherwise the two launches would wait for each other.
+
+    The last launch waits for its other runs, some of which this launch trains, and this launch waits for the last one.
+    """
     watch, _ = two_ranks
     with watch.present(), pytest.raises(UnavailableError, match="belongs to a command whose other processes"):
         with watch.present():
@@ -190,7 +193,7 @@ def test_a_bug_hides_nothing_of_what_is_left(two_ranks: tuple[ranks.Watch, ranks
 def test_a_process_that_is_told_to_stop_does_not_wait_long(
     two_ranks: tuple[ranks.Watch, ranks.Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither for others that train nor for files of other machines; its own problem is kept."""
+    """It waits neither for other processes that train nor for files of other machines, and it keeps its own problem."""
     watch, other = two_ranks
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     looks: list[bool] = []
@@ -234,11 +237,11 @@ def test_the_overview_is_of_all_runs_and_of_the_first_process(sparse_cache, tmp_
 
 
 def test_processes_that_look_at_a_lock_at_once_all_find_that_its_owner_died(tmp_path: Path) -> None:
-    """Otherwise each could take a dead process for one that works, and leave the last word to it."""
+    """Otherwise each could take a dead process for a live one and leave the final report to it."""
     (tmp_path / ".lock.holder").write_text("process 1 on here")
     (tmp_path / ".lock").touch()
     with (tmp_path / ".lock").open() as other:
-        fcntl.flock(other, fcntl.LOCK_SH)  # as another process looks
+        fcntl.flock(other, fcntl.LOCK_SH)  # another process is looking at the lock
         assert not is_locked(tmp_path) and was_abandoned(tmp_path)
         fcntl.flock(other, fcntl.LOCK_EX)
         assert is_locked(tmp_path) and not was_abandoned(tmp_path)

@@ -56,7 +56,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[
 
 @every_recipe_in_steps
 def test_a_whole_run_is_finite_and_rows_stay_unit(name, make_trainer, take) -> None:
-    """Warm-ups and decays included; periodic mechanisms act every fourth step."""
+    """The run includes warm-ups and decays. Periodic mechanisms act every fourth step."""
     trainer = make_trainer(name, steps=16)
     unit = any(isinstance(mechanism, UnitNormDecoder) for mechanism in trainer.variant.mechanisms)
     sae = trainer.variant.sae

@@ -13,8 +13,11 @@ STEPS = 600
 
 @pytest.mark.parametrize("name, options", [("topk", {"k": 3}), ("relu", {"l1": 0.2})])
 def test_the_atoms_are_found(name: str, options: dict) -> None:
-    """32 atoms in 32 dimensions, about three in a row; mean over atoms of the cosine of the nearest decoder row."""
-    random = torch.Generator().manual_seed(1000)  # not the weights' seed: they would start as the atoms
+    """Each row combines about three of 32 atoms in 32 dimensions.
+
+    The measure is the mean over atoms of the cosine with the nearest decoder row.
+    """
+    random = torch.Generator().manual_seed(1000)  # with the seed of the weights, the weights would start as the atoms
     atoms_AD = normalize(torch.randn(32, 32, generator=random), dim=1)
 
     def rows(count: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ def test_the_loaded_sae_of_centered_rows_is_the_trained_one_on_raw_rows(sparse_c
 
 
 def test_a_cache_is_kept_from_deletion_while_it_is_read(sparse_cache) -> None:
-    """Until the last pass has ended, also by those of another layer."""
+    """The whole cache is kept until the last pass has ended, whichever layer that pass reads."""
     looks: list[int] = []
 
     def look(step: int, steps: int, metrics: object) -> None:
@@ -116,7 +116,10 @@ def test_the_same_command_does_not_train_twice(sparse_cache) -> None:
 
 
 def test_layers_and_seeds_trained_together_are_what_they_are_alone(sparse_cache, tmp_path: Path) -> None:
-    """Two layers and two seeds at once give the bits of one of them alone; seeds and layers differ."""
+    """A run trained with other layers and seeds has the bits of the run alone.
+
+    Seeds and layers differ from each other.
+    """
     folders = train(make_config(sparse_cache, "relu", layers=[0, 1], seeds=[0, 1]))
     (alone,) = train(make_config(sparse_cache, "relu", layers=[1], seeds=[1], out=tmp_path / "alone"))
     weights = [(folder / "sae.safetensors").read_bytes() for folder in folders]
@@ -125,17 +128,20 @@ def test_layers_and_seeds_trained_together_are_what_they_are_alone(sparse_cache,
 
 
 def test_killed_and_stopped_runs_end_as_uninterrupted_ones(sparse_cache, tmp_path: Path) -> None:
-    """60 steps = some, SIGKILL in a process of its own, some more, SIGTERM, and the rest. Bit for bit."""
+    """60 steps are interrupted by SIGKILL, in a separate process, and later by SIGTERM.
+
+    The runs end bit for bit the same.
+    """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = {"steps": 60, "checkpoint_every": 5, "log_every": 30}
-    second = 2 * len(NAMES)  # the first file of the checkpoints after step 10: each run has two at a time
+    second = 2 * len(NAMES)  # the first file of the checkpoints of step 10: each run writes two per checkpoint
     config = make_config(sparse_cache, *NAMES, out=stopped, **settings)
     kill(train, {"config": config}, CHECKPOINTS, "before", second)
     assert len(list(stopped.glob("*/checkpoints/step-00000005/state.json"))) == len(NAMES)
     seen: list[int] = []
 
     def press(number: int, *_: object) -> None:
-        if not seen:  # of the lines and checkpoints the first
+        if not seen:  # at the first log line or checkpoint
             signal.raise_signal(signal.SIGTERM)
         seen.append(number)
 
@@ -185,7 +191,7 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_short_run_logs_a_hundred_times_and_trains_the_same(sparse_cache, tmp_path: Path) -> None:
-    """And the mean of the lines of 50 steps is the line of those 50 steps."""
+    """The mean of the lines of 50 steps also equals the one line of those 50 steps."""
     (fine,), (coarse,) = (
         train(make_config(sparse_cache, "topk", steps=200, log_every=every, checkpoint_every=1000, out=tmp_path / name))
         for every, name in ((None, "fine"), (50, "coarse"))
@@ -203,7 +209,10 @@ def test_a_short_run_logs_a_hundred_times_and_trains_the_same(sparse_cache, tmp_
 
 
 def test_the_first_step_has_a_line_of_its_own_and_counts_in_the_next(sparse_cache, tmp_path: Path) -> None:
-    """With lines of one step each, the first is the first step's; a line of three is the mean of three."""
+    """With `log_every=3`, the first step has a line of its own.
+
+    Each later line is the mean of three steps, and the first of these counts step 1 too.
+    """
     (each,), (third,) = (
         train(make_config(sparse_cache, "topk", steps=6, log_every=every, checkpoint_every=1000, out=tmp_path / name))
         for every, name in ((1, "each"), (3, "third"))
@@ -235,7 +244,7 @@ def test_a_resumed_run_keeps_the_interval_of_its_log(sparse_cache, tmp_path: Pat
         7,
         9,
         12,
-    ]  # 4: a checkpoint, 7: it was stopped
+    ]  # a checkpoint at 4, a stop at 7
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse_cache) -> None:
@@ -254,7 +263,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_finished(sparse
 
 
 def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse_cache, tmp_path: Path) -> None:
-    """A row of the cache is infinite and is read at a known step. The checkpoint before it is kept."""
+    """A row of the cache is infinite and is read at a known step. The last checkpoint before that step is kept."""
     folder = tmp_path / "cache"
     shutil.copytree(sparse_cache.folder, folder)
     cache = open_cache(folder)
@@ -263,7 +272,7 @@ def test_a_batch_of_infinities_ends_the_run_and_keeps_its_last_checkpoint(sparse
     bits[piece.start, 3] = torch.tensor(math.inf, dtype=torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     file, record = write_chunk(folder, cache.array("layer_00"), piece.chunk, bits)
     manifest = MANIFEST_RECORD.read(folder / "manifest.json")
-    manifest["files"][file] = record  # complete and as recorded: only the values are bad
+    manifest["files"][file] = record  # the file is complete and matches its record; only its values are bad
     MANIFEST_RECORD.write(folder / "manifest.json", manifest)
     said: list[str] = []
     config = make_config(open_cache(folder), "relu", "topk", out=tmp_path / "runs")

@@ -120,7 +120,10 @@ def test_scaled_defaults_are_ordinary_numbers() -> None:
 
 
 def test_a_k_larger_than_the_dictionary_is_scaled_even_if_the_paper_is_exact() -> None:
-    """320 of 2,304 latents are 18 of 128. A dictionary that has room for the paper's k gets the paper's k."""
+    """k = 320 at d_in = 2,304 is scaled to k = 18 at d_in = 128.
+
+    A dictionary that has room for the paper's k gets it.
+    """
     recipe, narrow = RECIPES["hierarchical-topk320"], RunConfig(128, 128, 100, 64, paper_exact=True)
     variant = recipe.make(narrow, {})
     assert variant.options["k"] == 18 and "hierarchical-topk320: k 320 at d_in 2304 -> 18 at 128" in variant.notes

@@ -8,7 +8,7 @@ from sae.train.step import Step
 
 
 def step_with(x_BD=((0.0,),), f_BF=((0.0,),), recon_BD=((0.0,),), i: int = 0) -> Step:
-    """A step with given numbers in it."""
+    """A step with the given tensors."""
     latents = torch.tensor(f_BF)
     return Step(torch.tensor(i), None, None, torch.tensor(x_BD), latents, latents, torch.tensor(recon_BD))
 

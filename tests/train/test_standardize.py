@@ -52,7 +52,10 @@ def test_the_documented_number_of_rows_is_the_one_that_is_read() -> None:
 
 
 def test_a_run_reads_its_first_rows_in_its_own_order(sparse_cache) -> None:
-    """1,000 of 16 batches; 5,000 are more than the 4,096 rows of the cache, which then begins again."""
+    """1,000 rows come from the first 16 batches.
+
+    5,000 rows are more than the 4,096 of the cache, so they go on into a second epoch.
+    """
     run = plan_training(make_config(sparse_cache, "relu", shuffle_seed=7)).runs[0]
     for count in (1000, 5000):
         assert torch.equal(first_rows(run, count), rows_read(sparse_cache, count))

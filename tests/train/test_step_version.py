@@ -35,7 +35,7 @@ def unfinished(sparse_cache, tmp_path: Path):
 
 
 def rewrite(folder: Path, version: int | None, *, run: bool = True, checkpoint: bool = True) -> None:
-    """Make a run and its checkpoint those of a step of another version; None: of one that recorded none."""
+    """Set the step version that a run and its checkpoints record. None removes it, as in runs that recorded none."""
     paths = [(RUN_RECORD, folder / "run.json")] * run
     paths += [(CHECKPOINT_RECORD, path) for path in folder.glob("checkpoints/*/state.json")] * checkpoint
     for kind, path in paths:
@@ -60,7 +60,10 @@ def test_a_run_of_the_same_version_resumes_without_a_note(unfinished) -> None:
 
 
 def test_a_checkpoint_of_another_version_resumes_with_one_note(unfinished) -> None:
-    """It says the bounds of the recipe. run.json records from where; a second resume has nothing to add."""
+    """The note states the bounds of the recipe.
+
+    run.json records the step from which the new version trained, and a second resume adds nothing.
+    """
     folder, weights = unfinished
     rewrite(folder, OTHER)
     bounds = rounding_bounds("topk")
@@ -71,7 +74,7 @@ def test_a_checkpoint_of_another_version_resumes_with_one_note(unfinished) -> No
     )
     assert f"of topk differ from those of a run with one version by at most {bounds.weights:g} of their norm" in note
     assert f"the loss by at most {bounds.loss:g} of its value" in note
-    assert (folder / "sae.safetensors").read_bytes() == weights  # here the steps are the same, whatever they are called
+    assert (folder / "sae.safetensors").read_bytes() == weights  # both versions are the same step here
     record = RUN_RECORD.read(folder / "run.json")
     assert (record["step_version"], record["step_version_since"]) == (OTHER, [[8, STEP_VERSION]])
     newest = read_checkpoint(folder / "checkpoints" / "step-00000012")

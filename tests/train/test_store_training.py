@@ -1,4 +1,4 @@
-"""Training from an object store: the same bytes as from a disk, whatever the store, the link or a kill does."""
+"""Training from an object store gives the same bytes as from a disk, despite faults of the store or link, and kills."""
 
 import functools
 import json
@@ -110,7 +110,7 @@ def trained_from_disk(many_chunks, tmp_path_factory: pytest.TempPathFactory, one
 
 
 def config_of(cache, out: Path, *variants: str, **changes):
-    """100 steps of 74 rows, of which 37 come from each of two lanes, so that six chunks are enough at a time."""
+    """A config of 100 steps of 74 rows. Each of two lanes gives 37 of them, so that six chunks at a time are enough."""
     settings = dict(steps=100, batch_size=74, width="64", out=out, checkpoint_every=20)
     return make_config(cache, *(variants or ("topk",)), **settings | changes)
 
@@ -131,7 +131,7 @@ def damaging_once(schedule: Schedule, seed: int) -> Schedule:
 
 
 def small_size(address: str, chunks: int = 8) -> int:
-    """A size with room for so many chunks."""
+    """The size of a local folder that has room for `chunks` chunks."""
     cache = concat_caches([address])
     cache.outlier_rows("layer_00"), cache.mean("layer_00")
     return contents(cache.local.folder).other + chunks * (128 * 32 * 2 + 4)
@@ -139,7 +139,7 @@ def small_size(address: str, chunks: int = 8) -> int:
 
 @contextmanager
 def largest(folder: Path) -> Iterator[list[int]]:
-    """Watches the bytes of the files in a local folder; the largest number is the last entry."""
+    """Watch how many bytes the files in a local folder take. The last entry of the list is the largest number."""
     seen, done = [0], threading.Event()
 
     def watch() -> None:

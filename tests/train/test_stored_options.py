@@ -27,7 +27,7 @@ OLD_RUNS = Path(__file__).parents[1] / "compatibility" / "fixtures" / "9a9a639" 
 
 @pytest.fixture
 def upgrade(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Register a recipe anew, as another version of this package has it."""
+    """A function that replaces a registered recipe by the one that another version of this package might have."""
 
     def register(
         name: str,
@@ -66,7 +66,7 @@ def weights_of(folder: Path) -> bytes:
 
 
 def forget(folder: Path, *names: str) -> None:
-    """Make a run.json as it was before there were these options."""
+    """Remove options from a run.json, as if the run had been started before they existed."""
     record = RUN_RECORD.read(folder / "run.json")
     for name in names:
         del record["resolved"][name]
@@ -149,7 +149,7 @@ def test_an_option_that_is_newer_than_the_run_does_what_was_done_before(sparse_c
 
 @pytest.mark.parametrize("known", [True, False], ids=["recorded", "newer"])
 def test_what_paper_exact_sets_is_kept_too(sparse_cache, upgrade, known: bool) -> None:
-    """An option that `--paper-exact` sets since then, which the run has at its default or does not have."""
+    """`--paper-exact` of a newer version sets an option that the run has at its default or was started without."""
     config = make_config(sparse_cache, "relu", paper_exact=True)
     folder, weights = halved(config)
     if not known:
@@ -198,7 +198,10 @@ def test_a_value_that_an_option_no_longer_takes_is_refused(sparse_cache) -> None
 
 
 def test_an_option_that_is_newer_than_the_run_is_scaled_for_the_input_that_the_run_has() -> None:
-    """`temperature` is a length, so of raw rows it is larger. What is stored stays as it is, an int for a float too."""
+    """`temperature` is a length, so it is larger for raw rows.
+
+    Stored values stay as they are, even an int where the option is a float.
+    """
     recipe, config = find_recipe("progressive"), RunConfig(32, 128, 40, 64, variance=9.0)
     of_raw, of_unit = (recipe.make(config, {"normalize": one}).options["temperature"] for one in ("none", "unit_ms"))
     assert of_raw != of_unit
@@ -226,9 +229,10 @@ def test_two_values_of_an_option_are_damage(sparse_cache) -> None:
 
 @pytest.mark.parametrize("path", sorted(OLD_RUNS.glob("trained/*-L01-*/run.json")), ids=lambda path: path.parent.name)
 def test_a_new_seed_of_a_run_of_an_earlier_version_is_of_the_same_system(path: Path) -> None:
-    """`sae evaluate` and `sae compare` take them together: a newer option does what was done before it.
+    """`sae evaluate` and `sae compare` group the new seed with the old run.
 
-    That is its plain default, unless LATER_ENTRIES has another value.
+    For this, each newer option has the value that keeps the old behaviour: its plain default, unless LATER_ENTRIES has
+    another value.
     """
     old = json.loads(path.read_text())
     recipe = find_recipe(old["variant"])
@@ -236,7 +240,8 @@ def test_a_new_seed_of_a_run_of_an_earlier_version_is_of_the_same_system(path: P
     newer = {n: LATER_ENTRIES.get(n, v) for n, v in plain.items() if n not in old["resolved"]}
     new = old | {"seed": 7, "resolved": old["resolved"] | newer}
     assert newer and digest_without_seed(new) == digest_without_seed(old)
-    given = {name: value for name, value in newer.items() if name in LATER_ENTRIES}  # as the command for more seeds
+    # as in the command that trains more seeds
+    given = {name: value for name, value in newer.items() if name in LATER_ENTRIES}
     assert digest_without_seed(new | {"options": old["options"] | given}) == digest_without_seed(old)
     for name in newer:
         assert digest_without_seed(new | {"resolved": new["resolved"] | {name: "other"}}) != digest_without_seed(old)

@@ -15,7 +15,7 @@ from sae.train.variant import RunConfig
 
 STEPS = 6
 CONFIG = RunConfig(16, 64, STEPS, 32)
-VOID = [  # of recipes that share them, those of one
+VOID = [  # if several recipes share an option, it is listed for one of them
     ("topk", "aux_k"), ("decorrelation", "block"), ("hierarchical", "lambda_by"),
     *(("relu", name) for name in SWITCHED_OFF),
     *((name, void) for name in ("competition", "collapse-10", "progressive") for void in RECIPES[name].switched_off),
@@ -24,7 +24,7 @@ SMALL = {"k": 4, "turns": 2, "pairs": 4, "refresh": 2, "groups": 8, "neighbours"
 
 
 def others(value: Any, kind: Any) -> list[Any]:
-    """Other values of an option."""
+    """Values of an option that differ from `value`."""
     choices = [one for part in (kind, *get_args(kind)) if get_origin(part) is Literal for one in get_args(part)]
     if choices or isinstance(value, bool):
         return [one for one in choices or (True, False) if one != value]
@@ -37,7 +37,7 @@ def void_by(recipe: Recipe, name: str) -> tuple[str, tuple[Any, ...]]:
 
 
 def trained(recipe: Recipe, **options: Any) -> dict[str, torch.Tensor]:
-    """The weights after some steps of a run of an earlier version, which may have any options."""
+    """The weights after STEPS steps of a run of an earlier version. Such a run may have any combination of options."""
     small = {name: value for name, value in SMALL.items() if name in recipe.options}
     built = recipe.make(CONFIG, {})
     stored = built.options | asdict(built.optimization) | small | options
