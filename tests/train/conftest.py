@@ -24,7 +24,7 @@ D_IN, D_SAE, BATCH, ROWS, WINDOW = 32, 512, 64, 4096, 1024
 
 
 def sparse_rows(seed: int, rows: int = ROWS) -> torch.Tensor:
-    """Rows (rows, D_IN): about four of 64 unit atoms with positive weights, on a mean that is not zero."""
+    """Rows (rows, D_IN) of about four of 64 unit atoms with positive weights, shifted by a nonzero vector."""
     generator = torch.Generator().manual_seed(seed)
     atoms_FD = torch.nn.functional.normalize(torch.randn(64, D_IN, generator=generator), dim=1)
     active_RF = torch.rand(rows, 64, generator=generator) < 4 / 64
@@ -63,19 +63,19 @@ def small(one_thread: None) -> None:
 
 @pytest.fixture(scope="session")
 def sparse_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """4,096 rows of width 32, layers 0 and 1. Read it; never write."""
+    """A cache of layers 0 and 1 with 4,096 rows of width 32. Read it; never write."""
     return write_cache(tmp_path_factory.mktemp("activations") / "synthetic", seed=0)
 
 
 @pytest.fixture(scope="session")
 def another_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """The same shape, other rows."""
+    """A cache of the same shape as `sparse_cache` with other rows."""
     return write_cache(tmp_path_factory.mktemp("activations") / "synthetic-1", seed=10)
 
 
 @pytest.fixture(scope="session")
 def masked_cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """The rows of `sparse_cache`, of which those over 1.5 medians of the norm are outliers."""
+    """A cache of the rows of `sparse_cache`, in which rows whose norm is above 1.5 times the median are outliers."""
     return write_cache(tmp_path_factory.mktemp("activations") / "masked", seed=0, max_norm=1.5)
 
 
@@ -118,7 +118,7 @@ def make_variant(sparse_cache: Cache, make: Callable[..., Variant]) -> Callable[
 def make_trainer(make_variant: Callable[..., Variant]) -> Callable[..., Trainer]:
     """A trainer whose periodic mechanisms act every fourth step and whose latents are dead after three silent batches.
 
-    So what a real run does every some hundred steps happens several times in thirty.
+    So what a real run does every few hundred steps happens several times in thirty steps.
     """
 
     def build(name: str, steps: int = 30, **options: object) -> Trainer:
@@ -134,7 +134,7 @@ def make_trainer(make_variant: Callable[..., Variant]) -> Callable[..., Trainer]
 
 @pytest.fixture
 def take(batches: list[torch.Tensor]) -> Callable[[Trainer, range], Iterator[int]]:
-    """Take the steps of a range on the first batches of the cache; yields after each."""
+    """A function that takes the steps of a range on the first batches of the cache. It yields after each step."""
 
     def steps(trainer: Trainer, numbers: range) -> Iterator[int]:
         for number in numbers:

@@ -1,4 +1,7 @@
-"""Processes as a launcher starts them. Forked, since each start of torchrun imports torch again, for seconds."""
+"""Processes as a launcher starts them.
+
+They are forked because each start of torchrun imports torch again, for seconds.
+"""
 
 import json
 import multiprocessing
@@ -17,8 +20,8 @@ from sae.train.plan import TrainConfig, plan_training
 from sae.train.progress import Overview, TrainProgress
 from sae.train.run import run_training
 
-WAIT = 300  # seconds after which a test fails that would wait for ever
-NOTHING = ("run.json", "metrics.jsonl", "sae.json")  # records, also of when and how
+WAIT = 300  # seconds after which a test that would wait for ever fails
+NOTHING = ("run.json", "metrics.jsonl", "sae.json")  # records that also say when and how a run was trained
 
 Before = Callable[[int], None]
 
@@ -118,13 +121,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file that training left, but for records of when and how."""
+    """Every file that training left, except for records of when and how it ran."""
     paths = (path for path in out.rglob("*") if path.is_file() and path.name not in NOTHING and path.name[0] != ".")
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
 
 def records(out: Path) -> dict[str, Any]:
-    """run.json, metrics.jsonl and sae.json of every run, without what they say of time and machine."""
+    """run.json, metrics.jsonl and sae.json of every run, without entries about time and machine."""
     found: dict[str, Any] = {}
     for folder in sorted(path.parent for path in out.glob("*/run.json")):
         run, sae = (json.loads((folder / name).read_text()) for name in ("run.json", "sae.json"))

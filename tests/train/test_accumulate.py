@@ -41,7 +41,7 @@ STEPS, BOUND = 6, 2e-5
 @pytest.mark.parametrize("name", [*ACCEPTED, *READINGS])
 @pytest.mark.parametrize("parts", [4])
 def test_weights_are_those_of_one_part(name, parts, make_variant, take) -> None:
-    """After six steps, with dead latents from the third on, within 2e-5 of the largest element of each tensor."""
+    """Weights agree to 2e-5 of the largest element of a tensor after six steps, with dead latents from the third on."""
     trainers = []
     for count in (1, parts):
         variant = make_variant(name, STEPS)
@@ -98,7 +98,7 @@ def test_a_new_part_is_refused_until_it_says_that_it_adds_up(make_variant) -> No
 
 
 def test_batchtopk_keeps_the_same_latents_in_parts(make_variant, batches) -> None:
-    """The latents of each part are those rows of the batch, not the largest of the part."""
+    """Each part keeps the latents that its rows keep in the whole batch, not the largest of the part."""
     variant = make_variant("batchtopk", k=8)
     whole = Trainer(variant, 10, "cpu").forward(batches[0])
     seen, forward = [], type(variant).forward

@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_is_skipped_and_removed_by_the_next(sparse_cache, t
 
 
 def test_a_checkpoint_is_of_one_step(make_trainer, tmp_path: Path) -> None:
-    """The name of its folder, its record and its tensors each say which; any one of the three can be another's."""
+    """The folder's name, the record and the tensors each state the step. Any one of the three can be wrong."""
     trainer = make_trainer("relu")
     for step in (3, 5):
         trainer.i.fill_(step)
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_variant_is_rejected(make_trainer, tmp_path: Pat
 
 
 class Counting(Mechanism):
-    """A mechanism as a newer version has it: it counts its steps, and perhaps remembers something else."""
+    """A mechanism of a newer version, which counts its steps in buffers of the given names."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -110,7 +110,10 @@ class Counting(Mechanism):
 
 
 def test_a_counter_that_is_newer_than_the_checkpoint_starts_at_zero(make_trainer, batches, tmp_path: Path) -> None:
-    """It decides nothing. Any other tensor that is missing does, and one that is there is loaded."""
+    """A counter decides nothing, so a checkpoint may lack it.
+
+    Any other missing tensor is refused, and a counter that is there is loaded.
+    """
     old, new, other, newest = (make_trainer("relu") for _ in range(4))
     new.variant.mechanisms.append(Counting("acted_pairs"))
     old.step(batches[0])
@@ -139,7 +142,10 @@ def test_a_tensor_of_another_shape_is_refused_though_it_could_be_broadcast(make_
 
 
 def test_what_a_checkpoint_restores_and_which_one_is_skipped(make_trainer, tmp_path: Path) -> None:
-    """Earlier versions recorded no digest of the run; a step after the run's last is of no such run."""
+    """A checkpoint without the run's digest, as of earlier versions, is restored.
+
+    One of a step after the run's last is skipped.
+    """
     trainer, again, said = make_trainer("relu", steps=30), make_trainer("relu", steps=30), []
     for step, failed_at in ((30, 7), (31, 8)):
         trainer.i.fill_(step)
@@ -160,7 +166,10 @@ def test_a_checkpoint_holds_every_tensor_of_the_variant_and_the_optimizer(make_t
 
 
 def test_a_run_copied_onto_another_is_refused(sparse_cache, tmp_path: Path) -> None:
-    """Both have the same tensors and steps; only their options differ. Nothing is lost: moved out, it resumes."""
+    """Both have the same tensors and steps; only their options differ.
+
+    Nothing is lost: once the copied checkpoint is moved away, the run resumes.
+    """
     (finished,) = train(make_config(sparse_cache, "relu"))
     (other,) = train(make_config(sparse_cache, "relu", options={"lr": 2e-3}))
     renamed, aside = other.rename(tmp_path / "renamed"), tmp_path / "aside"

@@ -324,7 +324,7 @@ def test_another_error_of_a_copy_is_not_taken_for_it(sparse_cache, tmp_path: Pat
 def test_the_plan_counts_the_copies(sparse_cache, tmp_path: Path, monkeypatch) -> None:
     """The plan states the memory of the copies.
 
-    Where they do not fit, it states that training waits, and training does.
+    Where the copies do not fit, it states that training waits, and training does.
     """
     config = make_config(sparse_cache, "relu", "topk", out=tmp_path)
     plan = plan_training(config)

@@ -1,4 +1,4 @@
-"""The deal of runs to processes: every run once, no later than stated bounds, streams divided only where that pays."""
+"""Runs are dealt to processes: each run once, no later than stated bounds. Streams are divided only where that pays."""
 
 import itertools
 import random
@@ -43,7 +43,7 @@ def best_end(runs: list[Work], ranks: int) -> float:
 
 
 def whole_streams(runs: list[Work], ranks: int) -> float:
-    """When the last rank is done if streams are dealt whole, the longest first, each to the rank with the least."""
+    """When the last rank ends if streams are dealt whole, the longest first, each to the least loaded rank."""
     loads = [0.0] * ranks
     for stream in sorted({run.stream for run in runs}, key=lambda s: -seconds_of([r for r in runs if r.stream == s])):
         loads[loads.index(min(loads))] += seconds_of([run for run in runs if run.stream == stream])
@@ -123,7 +123,7 @@ def plan_of(sparse_cache, tmp_path, monkeypatch, **changes) -> TrainPlan:
 
 
 def test_finished_runs_do_not_change_the_deal(sparse_cache, tmp_path, monkeypatch) -> None:
-    """Whichever they are among the others, and in whatever order."""
+    """This holds whichever runs are finished and in whatever order the runs are listed."""
     plan, rng = plan_of(sparse_cache, tmp_path, monkeypatch), random.Random(0)
     done, left = plan.runs[::3], [run for number, run in enumerate(plan.runs) if number % 3]
     for run in done:
@@ -213,6 +213,6 @@ def test_runs_too_large_to_time_are_dealt_by_their_operations(sparse_cache, tmp_
 
 
 def test_a_run_goes_to_the_process_that_is_done_with_it_first() -> None:
-    """Which has its stream already, and not to the one with less to do."""
+    """That process already has the stream of the run; the other process has less to do."""
     runs = [Work((0,), "a", 5.0, 10.0), Work((1,), "b", 12.0, 0.0), Work((2,), "a", 1.0, 10.0)]
     assert [share.runs for share in to_the_first_done(runs, 2)] == [[0, 2], [1]]

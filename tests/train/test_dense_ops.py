@@ -100,7 +100,7 @@ def test_pre_activations_have_the_gradients_of_their_formula(pre_bias: bool) -> 
 
 
 def test_a_trained_sae_sums_as_every_version_did() -> None:
-    """Bit for bit, as evaluations of earlier versions did: the product, then the bias less b_dec W_enc."""
+    """Pre-activations equal those of earlier evaluations bit for bit: the product, plus the bias less b_dec W_enc."""
     sae, x_BD = sae_and_rows()
     sae.float().eval()
     rows_BD = x_BD.float()
@@ -135,7 +135,7 @@ def test_frozen_weights_get_no_gradient_and_cost_no_product(frozen: str) -> None
 
 
 def test_a_loss_on_the_latents_alone_costs_one_product() -> None:
-    """That of the gradient to W_enc: no gradient of zeros goes through the decoder."""
+    """The product is the gradient of W_enc. No gradient of zeros passes through the decoder."""
     sae, x_BD = sae_and_rows()
     loss = LOSSES["latents"](*sae.run(x_BD)[1:3])
     with FlopCounterMode(display=False) as counter:
@@ -231,7 +231,7 @@ def test_relu_keeps_no_pre_activations_and_says_what_to_do(monkeypatch) -> None:
 
 
 def test_batchtopk_chooses_the_largest_of_the_batch_by_groups() -> None:
-    """The same values as one `topk` of all, ascending by token; groups of 8 are used where they pay."""
+    """The values are those of one `topk` of the batch, with ascending indices. Groups of 8 are used where they pay."""
     torch.manual_seed(0)
     for k, d_sae in ((2.5, 64), (2.5, 63), (30.0, 64)):
         z_BF = torch.randn(BATCH, d_sae)

@@ -51,7 +51,7 @@ def test_a_run_takes_the_estimated_bytes(sparse_cache, variant):
     (run,) = plan.runs
     run_training(plan)
     found = sum(path.stat().st_size for path in run.folder.rglob("*.safetensors"))
-    assert 1 <= found / run_bytes(run).folder < 1.02  # and the names of the tensors
+    assert 1 <= found / run_bytes(run).folder < 1.02  # the files also hold the names of the tensors
 
 
 @pytest.mark.parametrize("variant", RECIPES)

@@ -21,7 +21,7 @@ from sae.train.variant import RunConfig, Variant
 
 from .runs import SETTING, trained_recipe
 
-# One for each way in which a recipe follows l0: its k, its own target, and the coefficient of a penalty.
+# Recipes for each way of following l0: by k, by a target of its own, and by the coefficient of a penalty.
 CONTROLLED = ("topk", "batchtopk", "jumprelu", "collapse-04", "relu", "gated", "progressive")
 
 
@@ -114,7 +114,7 @@ def test_l0_is_rejected_where_nothing_sets_it_or_another_option_does(monkeypatch
     for wrong in (0, -1, 129, float("nan")):
         with pytest.raises(UsageError, match="is out of range: give a number above 0 and at most 128"):
             RECIPES["relu"].make(SETTING._replace(l0=wrong), {})
-    assert RECIPES["topk"].make(SETTING._replace(l0=128.0), {}).options["k"] == 128  # all of them, as an int
+    assert RECIPES["topk"].make(SETTING._replace(l0=128.0), {}).options["k"] == 128  # all latents, as an int
     with pytest.raises(UsageError, match=r"k=8.5 has the wrong type: expected int"):
         RECIPES["topk"].make(SETTING._replace(l0=8.5), {})
 

@@ -38,7 +38,7 @@ def rows(count: int = 40) -> Tensor:
 
 
 def normed_sae(activation: tuple = (), *, pre_bias: bool = True) -> SAE:
-    """An SAE in float64 with a layer norm, rows of W_dec of other lengths than 1, and biases that are not zero."""
+    """A float64 SAE with a layer norm, rows of W_dec whose norms are not all 1, and nonzero biases."""
     torch.manual_seed(0)
     sae = SAE(D, F, activation, pre_bias=pre_bias, layer_norm=True).double().requires_grad_(False).eval()
     sae.W_dec.mul_(torch.linspace(0.5, 2, F)[:, None])
@@ -74,7 +74,7 @@ def test_latents_and_reconstructions_are_in_units_of_the_token(pre_bias: bool) -
 
 
 def test_a_token_times_a_number_has_latents_times_that_number() -> None:
-    """And a number added to all its elements only moves the reconstruction."""
+    """A number added to all elements of a token shifts the reconstruction and does not change the latents."""
     sae, x_BD = normed_sae(), 100 * rows()
     f_BF, recon_BD = sae.encode(x_BD), sae.decode(sae.encode(x_BD), x_BD)
     y_BD = 3 * x_BD + 7
@@ -89,7 +89,10 @@ def test_a_token_without_variance_has_no_latents_and_is_its_own_reconstruction()
 
 
 def test_activations_are_normalized_in_the_precision_they_come_in() -> None:
-    """A bfloat16 SAE reads float32 rows whose mean is large: rounded first, they would have lost their differences."""
+    """A bfloat16 SAE reads float32 rows whose mean is large.
+
+    If they were rounded first, their differences would be lost.
+    """
     sae, x_BD = normed_sae(), rows().float() + 1000
     f_BF = sae.encode(x_BD.double())
     half_BF = sae.bfloat16().encode(x_BD).double()
@@ -97,9 +100,9 @@ def test_activations_are_normalized_in_the_precision_they_come_in() -> None:
     sae.double()
     recon_BD = sae.decode(f_BF, x_BD.double()) - 1000
     half_BD = sae.bfloat16().decode(f_BF.bfloat16(), x_BD).double() - 1000
-    assert (half_BD - recon_BD).abs().max() < 10  # of the rounding of 1000 itself, 4, and of the sums
+    assert (half_BD - recon_BD).abs().max() < 10  # rounding 1000 itself can give 4, and sums give more
     sae.bfloat16()
-    assert sae.decode(f_BF.bfloat16(), x_BD).dtype == torch.bfloat16  # as without a layer norm
+    assert sae.decode(f_BF.bfloat16(), x_BD).dtype == torch.bfloat16  # the dtype is that without a layer norm
     sae.float()
     f_BF, x_BD = f_BF.float(), x_BD.bfloat16()
     assert torch.equal(sae.encode(x_BD), sae.encode(x_BD.float()))

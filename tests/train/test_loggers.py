@@ -30,7 +30,7 @@ class Recorder:
 
 @pytest.fixture(params=["wandb", "trackio"])
 def service(request, monkeypatch) -> tuple[str, list[Recorder]]:
-    """A stand-in for the package, with the part that is used."""
+    """A stand-in for the package that has only the part that is used."""
     begun: list[Recorder] = []
     module = ModuleType(request.param)
     module.Settings = dict

@@ -96,7 +96,7 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_though_the_loss_is(make_t
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight_though_its_gradient_is(make_trainer, batches) -> None:
-    """The first of two such steps is latched: a step after them, whose loss is finite, moves nothing either."""
+    """The first of two such steps is latched. A later step moves nothing either, although its loss is finite."""
 
     class Broken(LossTerm):
         def forward(self, step: Step) -> torch.Tensor:
@@ -144,11 +144,11 @@ def test_periodic_mechanisms_act_after_every_nth_step(make_trainer, batches) -> 
     trainer.variant.mechanisms.append(third := Third())
     for number in range(8):
         trainer.run_periodic(number, trainer.step(batches[number]))
-    assert third.acted == [3, 6]  # the number of steps taken
+    assert third.acted == [3, 6]  # the numbers of steps taken so far
 
 
 def test_logged_losses_are_means_since_the_last_log(make_trainer, batches) -> None:
-    """Of two steps, then of the one after: each line stands for its own steps alone."""
+    """The first line is the mean of two steps, and the second line is the one step after them."""
     trainer: Trainer = make_trainer("relu", l1_warmup=0)
     expected = []
     for t in range(3):

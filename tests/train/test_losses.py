@@ -124,7 +124,7 @@ def test_multi_topk_is_the_error_with_more_latents_and_teaches_encoder_and_decod
         sae.W_dec[1] = torch.tensor([0.0, 1.0, 1.0])
     sae.zero_grad()
     MultiTopK(2)(step_of(sae, torch.tensor([[3.0, 2.0, 1.0]]))).backward()
-    # x_hat = (3, 2, 2), e = (0, 0, -1): d f_2 = 2 (x_hat - x) . W_dec,2 = 2, though TopK(1) itself keeps f_1 alone
+    # x_hat = (3, 2, 2), e = (0, 0, -1): d f_2 = 2 (x_hat - x) . W_dec,2 = 2, though TopK(1) keeps only f_1
     assert sae.W_enc.grad.tolist() == [[0, 6, 0], [0, 4, 0], [0, 2, 0]]
 
 

@@ -43,7 +43,7 @@ def test_dead_latents_count_tokens_since_they_fired() -> None:
         mechanism.after_step(step_with(x_BD=f_BF, f_BF=f_BF))
         assert mechanism.since_F.tolist() == since
     assert float(mechanism.scalars()["dead"]) == pytest.approx(1 / 3)
-    assert len(mechanism.index_A) == 0  # the list is updated in between
+    assert len(mechanism.index_A) == 0  # only every_n_steps updates the list
     mechanism.every_n_steps(None)
     assert mechanism.dead_F.tolist() == [False, True, False]
     assert mechanism.index_A[mechanism.real_A > 0].tolist() == [1]
@@ -68,7 +68,7 @@ def test_unit_norm_removes_the_radial_gradient_and_restores_the_norm() -> None:
     with torch.no_grad():
         mechanism.after_backward(step)
         assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
-        removed_FD = tangent_FD - sae.W_dec.grad  # along the row and in no other direction
+        removed_FD = tangent_FD - sae.W_dec.grad  # only the component along the row
         torch.testing.assert_close(removed_FD, (tangent_FD * sae.W_dec).sum(1, keepdim=True) * sae.W_dec)
         direction_FD = sae.W_dec.clone()
         sae.W_dec.mul_(torch.rand(20, 1) + 0.5)

@@ -32,7 +32,7 @@ def spec(name: str, width: int = 512, batch: int = 256, d_in: int = 64, **option
 
 @pytest.fixture
 def limit_memory(monkeypatch):
-    """Set how many bytes a plan may take in all, libraries aside."""
+    """A function that sets how many bytes a plan may take in all, not counting libraries."""
     monkeypatch.setitem(passes.WORKSPACE, "cpu", 0)
 
     def limit(budget: float) -> None:
@@ -42,7 +42,7 @@ def limit_memory(monkeypatch):
 
 
 def allocated_peak(call) -> int:
-    """The most bytes that torch's allocator had handed out while `call` ran, by its own record."""
+    """The largest number of bytes that torch's allocator had handed out while `call` ran, by its own record."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     now = peak = 0
@@ -55,10 +55,10 @@ def allocated_peak(call) -> int:
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_step_takes_what_its_trace_says(name: str) -> None:
-    """The tensors of real steps are those of the trace, byte for byte, half of the latents dead.
+    """The tensors of real steps are those of the trace, byte for byte, with half of the latents dead.
 
-    The allocator's own record differs by what single operations allocate inside, and free or reuse earlier: of
-    decorrelation's sort of all pairs, torch copies less than is planned.
+    The allocator's own record differs, because single operations allocate memory inside and free or reuse it earlier.
+    In decorrelation's sort of all pairs, torch copies less than is planned.
     """
     run = spec(name)
     with FakeTensorMode(), LiveBytes() as live:
@@ -86,7 +86,7 @@ def test_sorting_a_whole_batch_counts() -> None:
     "name", ["hierarchical", "competition", "collapse-10", "collapse-10 near_scope=dictionary", "collapse-01"]
 )
 def test_what_happens_between_steps_takes_no_more_than_it_says(name: str, make_trainer, batches) -> None:
-    """Real tensors while mechanisms act, on weights among which latents are merged and pairs found."""
+    """Mechanisms act on real tensors, with weights among which latents are merged and pairs are found."""
     trainer = make_trainer(name)
     with LiveBytes() as live:
         for number in range(8):
@@ -108,7 +108,7 @@ def test_the_bound_is_never_below_the_trace(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_the_bound_of_every_recipe_is_above_its_trace(name: str) -> None:
-    for run in (spec(name, 2304, 512, 144), spec(name, 16384, 64, 1024)):  # of groups that Gram-Schmidt can take
+    for run in (spec(name, 2304, 512, 144), spec(name, 16384, 64, 1024)):  # group sizes that Gram-Schmidt can take
         assert memory_bound(run) >= pass_memory([run], "cpu").total
 
 

@@ -140,7 +140,7 @@ def test_durations_longer_than_the_run_are_allowed_and_noted(sparse_cache) -> No
 
 
 def test_none_is_the_string_in_options_that_have_it_and_else_nothing(sparse_cache) -> None:
-    """`normalize` has the string; `clip` and `warmup` can be None; others can be neither."""
+    """`normalize` accepts the string "none", `clip` and `warmup` can be None, and other options can be neither."""
     config = make_config(sparse_cache, "collapse-03", "relu", options=["normalize=none", "clip=None", "warmup=none",
                                                                        "collapse-03.l1_controller=NONE"])  # fmt: skip
     shared = {"normalize": "none", "clip": None, "warmup": None}

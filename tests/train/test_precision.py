@@ -1,4 +1,4 @@
-"""`--precision`: what a step's products are computed in, which runs it tells apart, and where it is refused."""
+"""`--precision`: the dtype of the products of a step, the runs that it distinguishes, and where it is refused."""
 
 import json
 import shutil
@@ -71,7 +71,10 @@ def test_every_recipe_takes_steps_in_bfloat16_on_a_cpu(name, make_variant, batch
 
 
 def test_products_are_rounded_to_bfloat16_and_sums_are_not(make_trainer, batches) -> None:
-    """The step's latents are a product of bfloat16 numbers, added up in float32 and rounded once, and stay so."""
+    """The step's latents are a product of bfloat16 numbers, summed in float32 and rounded once.
+
+    They stay in bfloat16.
+    """
     step = Trainer(make_trainer("relu").variant, STEPS, "cpu", precision="bfloat16").step(batches[0])
     fresh = make_trainer("relu").variant.sae
     centered_BD = (step.x_BD - fresh.b_dec).bfloat16().double()
@@ -82,7 +85,10 @@ def test_products_are_rounded_to_bfloat16_and_sums_are_not(make_trainer, batches
 
 
 def test_the_settings_of_torch_are_a_runs_own_and_are_put_back(make_trainer, batches) -> None:
-    """In a step float32 is float32 and tf32 is tf32, forward and backward; else the user's setting holds."""
+    """During a step, float32 means float32 and tf32 means tf32, forward and backward.
+
+    Otherwise the user's setting holds.
+    """
     backend, seen = torch.backends.cuda.matmul, []
 
     class Look(torch.autograd.Function):

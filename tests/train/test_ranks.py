@@ -50,10 +50,7 @@ def ranks_time_alike(monkeypatch) -> None:
 
 
 def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """The records are the same too, except for times and the number of processes.
-
-    The first process shows the progress of both while it trains its own runs.
-    """
+    """Records differ only in times and process counts. The first process shows both while it trains its own runs."""
     monkeypatch.setattr(ranks, "UPDATE_SECONDS", 0)
     train(config_of(sparse_cache, tmp_path / "one"))
     two = launch(tmp_path / "said", 2, config_of(sparse_cache, tmp_path / "two"))
@@ -398,10 +395,7 @@ def test_a_lock_is_seen_and_what_its_death_leaves(tmp_path: Path) -> None:
 
 
 def test_files_of_another_machine_are_waited_for(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """A network file system may show them late.
-
-    Files of the same machine or of a process that died are not waited for.
-    """
+    """A network file system may show them late. Files of this machine or of a dead process are not waited for."""
     plan = plan_training(config_of(sparse_cache, tmp_path, "relu"))
     watch = ranks.Watch([plan.runs[:1], plan.runs[1:]], ProcessGroup(0, 2), SILENT)
     monkeypatch.setattr(ranks, "POLL_SECONDS", 0.01)

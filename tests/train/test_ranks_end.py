@@ -1,4 +1,7 @@
-"""What each of several processes says at the end, by itself; tests/train/test_ranks.py has real processes."""
+"""What each of several processes says at the end, simulated in one process.
+
+tests/train/test_ranks.py has real processes.
+"""
 
 import fcntl
 import time
@@ -34,14 +37,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def two_ranks(sparse_cache, tmp_path: Path, soon: None) -> tuple[ranks.Watch, ranks.Watch]:
-    """Each has a run that is not finished."""
+    """Two ranks, each with a run that is not finished."""
     runs = planned(sparse_cache, tmp_path)
     shares = [runs[:1], runs[1:]]
     return ranks.Watch(shares, ProcessGroup(0, 2), SILENT), ranks.Watch(shares, ProcessGroup(1, 2), SILENT)
 
 
 def kind_of(watch: ranks.Watch) -> type[SaeError]:
-    """How a process reports a full disk."""
+    """The kind of error by which a process reports a full disk."""
     with pytest.raises(SaeError, match=FULL) as raised:
         watch.report(UnavailableError(FULL))
     assert raised.value.exit_code == UnavailableError.exit_code
@@ -49,7 +52,7 @@ def kind_of(watch: ranks.Watch) -> type[SaeError]:
 
 
 def die(watch: ranks.Watch) -> None:
-    """What a process leaves that dies before it has reported."""
+    """Leave what a process leaves behind when it dies before it reports."""
     watch.leaves_early = True
     with watch.present():
         pass
@@ -58,7 +61,7 @@ def die(watch: ranks.Watch) -> None:
 def test_the_error_of_a_process_keeps_its_kind_and_names_what_is_left(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layer 0 was of rank 0, which died; the first that still runs, rank 1, speaks."""
+    """Rank 0 had the runs of layer 0 and died. Rank 1, the first that still runs, reports this."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     runs = planned(sparse_cache, tmp_path, seeds=list(range(7)))
     shares = [*([run for run in runs if run.hook.layer == layer] for layer in (0, 1)), []]
@@ -84,7 +87,11 @@ def test_the_error_of_a_process_keeps_its_kind_and_names_what_is_left(
 def test_one_that_died_after_its_own_runs_leaves_the_word_to_the_next(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 has finished. Whether it lives is told by its file alone: locked, left by it, or removed at its end."""
+    """Rank 0 has finished.
+
+    Only its presence file shows whether it is alive: the file is locked while it is, left unlocked if it died, and
+    removed at its end.
+    """
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     done, *failed = planned(sparse_cache, tmp_path, seeds=[0, 1, 2])[:3]
     shares = [[done], [failed[0]], [failed[1]]]

@@ -23,7 +23,7 @@ from sae.train.variant import RunConfig, Variant
 
 from ..recipes import SOME
 
-# Recipes under options that add a part of their own, as "recipe option=value ...".
+# Recipes with options that add a component, as "recipe option=value ...".
 VARIED = (
     "topk k=4 k_anneal_steps=11 multi=0.125",
     "batchtopk k=2.5 k_anneal_steps=9 k_start=7.5",
@@ -32,7 +32,7 @@ VARIED = (
     "soft-frozen-decoder base=topk k=4 cosine=0.999",
 )
 EVERY = [*sorted(RECIPES), *VARIED]
-QUICK = (*SOME, "topk k=4 k_anneal_steps=11 multi=0.125")  # for what takes steps; slow tests show it of all
+QUICK = (*SOME, "topk k=4 k_anneal_steps=11 multi=0.125")  # for tests that take steps; slow tests cover all recipes
 every_recipe = pytest.mark.parametrize("name", EVERY)
 every_recipe_in_steps = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EVERY]
@@ -80,9 +80,10 @@ def test_unit_norm_comes_last(name, make_variant) -> None:
 
 @every_recipe_in_steps
 def test_resume_is_exact(name, make_trainer, take, tmp_path: Path) -> None:
-    """16 steps = 10, a checkpoint, new objects under another random state, and 6 more.
+    """Ten steps, a checkpoint, and six more steps of new objects under another random state equal 16 steps.
 
-    That a checkpoint changes nothing in the run that writes it is shown below: one alone writes others than in company.
+    A test below shows that a checkpoint changes nothing in the run that writes it: a run alone writes its checkpoints
+    at other steps than a run in company.
     """
     whole = make_trainer(name)
     list(take(whole, range(10)))
@@ -185,7 +186,7 @@ def make_config(name: str, cache: Cache, out: Path, **other: int) -> TrainConfig
 
 @pytest.fixture(scope="module")
 def together(sparse_cache, tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], dict[str, Path]]:
-    """together(recipes) -> their run folders, trained together by run_training, once."""
+    """A function that trains recipes together with run_training, once, and returns their run folders."""
 
     @functools.cache
     def train(names: tuple[str, ...]) -> dict[str, Path]:

@@ -11,7 +11,10 @@ from sae.train.run_folder import append_metrics, last_metrics, truncate_metrics
 
 
 def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path: Path) -> None:
-    """Up to the checkpoint's step, which is kept; what a kill cut off is dropped without a word."""
+    """Lines up to and including the checkpoint's step are kept.
+
+    A line that a kill cut off is dropped without a warning.
+    """
     for step in (2, 4, 6):
         append_metrics(tmp_path, {"step": step, "loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:

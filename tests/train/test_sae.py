@@ -1,4 +1,4 @@
-"""The SAE: its identities and gradients, folding, and loading, with damaged files."""
+"""The SAE: its identities and gradients, folding, and loading, including damaged files."""
 
 import math
 from pathlib import Path
@@ -102,7 +102,7 @@ def saved(folder: Path, activation=()) -> SAE:
 
 
 def describe(folder: Path, **changes: object) -> None:
-    """Change the content of sae.json, on purpose."""
+    """Change entries of sae.json deliberately."""
     change_record(SAE_RECORD, folder / "sae.json", changes)
 
 

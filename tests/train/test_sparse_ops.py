@@ -15,7 +15,10 @@ both = pytest.mark.parametrize(
 
 
 def tensors(monkeypatch, ways: dict[str, dict[str, float]], activation, pre_bias: bool) -> dict[str, torch.Tensor]:
-    """A forward pass and the gradients of a loss that uses all of it, with sparse products from this n/k on."""
+    """A forward pass and the gradients of a loss that uses all of it.
+
+    `ways` sets the n/k from which products are sparse.
+    """
     monkeypatch.setattr(sparse_ops, "SPARSE_FROM", ways)
     torch.manual_seed(0)
     sae = SAE(D_IN, D_SAE, [activation], pre_bias=pre_bias).double()
@@ -45,7 +48,11 @@ def test_sparse_products_equal_dense_ones(activation, pre_bias, monkeypatch) -> 
 
 
 def test_by_hand() -> None:
-    """Two tokens of three latents: 2 and 3 of the first, 5 of the second; nothing selects latent 1."""
+    """There are two tokens and three latents.
+
+    The first token keeps latents 0 and 2 with values 2 and 3, the second keeps latent 2 with value 5. No token keeps
+    latent 1.
+    """
     at = sparse_ops.SelectedLatents.of(torch.tensor([0, 2, 5]), 2, 3)
     assert [t.tolist() for t in at[1:-1]] == [[0, 0, 1], [0, 2, 2], [0, 2], [0, 1, 2], [0, 1, 1]]
     value_N = torch.tensor([2.0, 3.0, 5.0], requires_grad=True)
@@ -58,7 +65,7 @@ def test_by_hand() -> None:
 
 
 def test_a_gradient_that_is_one_number_reaches_every_row() -> None:
-    """That of a sum is not written out."""
+    """The gradient of a sum is one number that is expanded without being written out."""
     at = sparse_ops.SelectedLatents.of(torch.tensor([0, 2, 5]), 2, 3)
     w_FD = torch.ones(3, 4, requires_grad=True)
     sparse_ops.decode(sparse_ops.KeptLatents(torch.tensor([2.0, 3.0, 5.0]), at), w_FD).sum().backward()

@@ -30,7 +30,7 @@ def rows_read(cache, count: int, seed: int = 7) -> torch.Tensor:
 
 @pytest.mark.parametrize("pre_bias", [True, False])
 def test_a_scale_for_each_dimension_is_folded_exactly(pre_bias: bool) -> None:
-    """The latents stay, whatever chooses between them, and so do the trained SAE's own tensors."""
+    """Folding changes neither the latents, nor the threshold that selects them, nor the tensors of the trained SAE."""
     activation = BatchTopK(2)
     activation.threshold.fill_(0.7)
     sae = SAE(6, 10, [activation], pre_bias=pre_bias).double().eval()
@@ -65,7 +65,10 @@ def test_a_run_reads_its_first_rows_in_its_own_order(sparse_cache) -> None:
 def test_a_finished_run_encodes_raw_rows_as_training_encoded_standardized_ones(
     sparse_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By hand: mean and standard deviation of the first 300 rows; the rows of W_dec are unit, times that deviation."""
+    """Mean and standard deviation of the first 300 rows are computed by hand.
+
+    The saved rows of W_dec are unit rows times that deviation.
+    """
     monkeypatch.setattr("sae.train.run.SAMPLE_ROWS", 300)
     sample_ND, x_BD = rows_read(sparse_cache, 300).double(), rows_read(sparse_cache, 3000)[2000:]
     mean_D, sd_D = sample_ND.mean(0).float(), sample_ND.var(0, correction=0).sqrt().float()

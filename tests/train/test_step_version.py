@@ -1,4 +1,7 @@
-"""A run that goes on under a step of another version: one note, a line in run.json, and the same system for compare."""
+"""A run may continue under another version of the training step.
+
+This gives one note and an entry in run.json, and `sae compare` counts the run to the same system.
+"""
 
 import re
 from pathlib import Path
@@ -23,7 +26,7 @@ OTHER = STEP_VERSION + 1
 
 @pytest.fixture
 def unfinished(sparse_cache, tmp_path: Path):
-    """A run that was killed after step 8, of two checkpoints, and the bytes of its SAE."""
+    """A run as if killed after step 8, without the later of its two checkpoints, and the bytes of its SAE."""
     (folder,) = train(make_config(sparse_cache, "topk", out=tmp_path))
     weights = (folder / "sae.safetensors").read_bytes()
     (folder / "sae.json").unlink()
@@ -96,7 +99,10 @@ def test_without_an_entry_the_version_is_the_first(unfinished) -> None:
 
 
 def test_steps_that_are_taken_again_are_not_recorded(unfinished) -> None:
-    """A run that went on under two more versions goes on from a checkpoint before the second: that one is undone."""
+    """The run resumes from step 8, before its last change of version.
+
+    Changes from step 8 on are replaced by the new one.
+    """
     folder, _ = unfinished
     record = RUN_RECORD.read(folder / "run.json")
     changes = [[3, OTHER], [8, OTHER + 1], [10, OTHER + 2]]
@@ -107,7 +113,7 @@ def test_steps_that_are_taken_again_are_not_recorded(unfinished) -> None:
 
 
 def test_no_note_where_no_step_is_left(unfinished) -> None:
-    """All of the run is of the version of its checkpoint; only the calibration and the SAE are written anew."""
+    """All steps were taken under the version of the checkpoint. Only the calibration and the SAE are computed again."""
     folder, weights = unfinished
     resume(folder)
     (folder / "sae.json").unlink()
@@ -128,7 +134,7 @@ def test_a_run_of_another_version_is_the_same_system_and_has_the_same_folder(unf
 
 
 def test_the_bounds_are_of_recipes_and_of_rounding() -> None:
-    """Each named recipe exists, and bounds are positive, and none says less than a tenth of the value."""
+    """Each named recipe exists, and each bound is positive and at most a tenth of the value."""
     assert WIDER.keys() <= RECIPES.keys() and len(set(RANKING)) == len(RANKING)
     for name in RECIPES:
         assert all(0 < bound <= 0.1 for bound in rounding_bounds(name))
@@ -137,7 +143,7 @@ def test_the_bounds_are_of_recipes_and_of_rounding() -> None:
 
 
 def test_another_order_of_sums_stays_within_the_bounds(sparse_cache, tmp_path: Path) -> None:
-    """The same run with its batches in four parts: every sum over tokens is taken in another order."""
+    """The second run divides its batches into four parts, so every sum over tokens is taken in another order."""
     (whole,) = train(make_config(sparse_cache, "relu", out=tmp_path / "whole"))
     (parts,) = train(make_config(sparse_cache, "relu", out=tmp_path / "parts", accumulate=4))
     one, other = (load_file(folder / "sae.safetensors") for folder in (whole, parts))

@@ -116,7 +116,7 @@ def config_of(cache, out: Path, *variants: str, **changes):
 
 
 def damaging_once(schedule: Schedule, seed: int) -> Schedule:
-    """The schedule, and half of every fourth file arrives where it is asked for first; records are left alone."""
+    """`schedule`, but about every fourth file arrives by half at its first request. Records are left alone."""
     seen = set[str]()
 
     def fault(request: Request) -> str | None:
@@ -206,7 +206,7 @@ def test_the_command_plans_trains_stops_and_resumes(tiny_cache, bucket: str, tmp
     (folder / "sae.json").unlink()
     result = CliRunner().invoke(app, ["train", "--resume", str(folder), "--device", "cpu"])
     assert result.exit_code == 0 and (folder / "sae.json").exists(), result.output
-    assert contents(tmp_path / "activations" / ".pulled").whole == {}  # it had only to be written again
+    assert contents(tmp_path / "activations" / ".pulled").whole == {}  # nothing is pulled, only the SAE is written
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_the_size_of_the_local_folder_is_kept_over_epochs_and_passes(many_chunks
     assert 0.5 * size < seen[-1] <= size
     pulled = local.pulled_files - before
     assert f" in {pulled} requests" in said or pulled <= 1.1 * int(said.split(" in ")[1].split(" ")[0])
-    assert pulled > 2 * 63  # two epochs and more, of which little stays
+    assert pulled > 2 * 63  # more than two epochs are pulled, as the folder keeps little of them
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def start_process(launcher: WorkerProcess):
 
 @pytest.fixture
 def end_process(launcher: WorkerProcess):
-    """A function that waits for such a process to end well: `(process ID) -> its run folder, its number of files`."""
+    """A function that waits until such a process succeeds: `(process ID) -> its run folder, its number of files`."""
 
     def end(process: int) -> list[str]:
         code, said, reported = launcher("forked_ranks.finish", pid=process)
@@ -434,7 +434,7 @@ def test_a_size_that_is_too_small_is_refused_before_anything_is_written(
     config = make_config(tiny_cache, "topk", caches=[address], local_cache=300_000, out=tmp_path / "runs")
     with pytest.raises(UsageError, match=r"--local-cache 0.3 MB is too small: one step reads 0.5 MB of chunks"):
         plan_training(config)
-    monkeypatch.setattr("sae.cache.room.free_space", lambda folder: 1000)  # no size that would do fits
+    monkeypatch.setattr("sae.cache.room.free_space", lambda folder: 1000)  # no sufficient size fits on the disk
     with pytest.raises(
         UsageError, match=r"It needs 0.\d MB, but its disk has only 0.0 MB: free space, or give a --local-f"
     ):
@@ -448,7 +448,7 @@ def test_ranks_that_share_the_folder_are_refused_with_a_size_for_all(
     address = upload(tiny_cache.folder, f"file://{tmp_path}/store/pile")
     options = dict(caches=[address], out=tmp_path / "runs")
     plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # for two runs, two of them read
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of which two read, because there are two runs
     with pytest.raises(UsageError, match=r"1.0 MB is too small: one step.* other processes that share") as info:
         plan_training(make_config(tiny_cache, "topk", "relu", local_cache=1_000_000, **options))
     enough = re.search(r"Give --local-cache ([\d.]+) MB or more", str(info.value))

@@ -52,7 +52,7 @@ def upgrade(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def halved(config: TrainConfig) -> tuple[Path, bytes]:
-    """A run that was stopped after step 8 of 12, and the weights that it would have had at its end."""
+    """A run as if stopped after step 8 of 12, and the weights that it should have at its end."""
     (folder,) = train(config)
     weights = (folder / "sae.safetensors").read_bytes()
     for name in ("sae.json", "sae.safetensors"):
@@ -133,7 +133,10 @@ def test_the_plan_times_and_measures_what_will_be_trained(sparse_cache, upgrade)
 
 
 def test_an_option_that_is_newer_than_the_run_does_what_was_done_before(sparse_cache, upgrade) -> None:
-    """A recipe sets a new option of the optimizer, as paper 004's coupled decay: a run without it was decoupled."""
+    """A recipe sets a new option of the optimizer, such as the coupled decay of paper 004.
+
+    Without it, a run's decay was decoupled.
+    """
     config = make_config(sparse_cache, "hierarchical-l1", options=["lr=3e-3"])
     folder, weights = halved(config)
     forget(folder, "weight_decay_form", "weight_decay_on")
@@ -161,7 +164,7 @@ def test_what_paper_exact_sets_is_kept_too(sparse_cache, upgrade, known: bool) -
 
 
 def test_a_run_at_a_given_l0_keeps_it(sparse_cache, upgrade) -> None:
-    """`--l0` is k in the options that are stored: both are given then."""
+    """`--l0` is stored as k, so the resumed run is given both."""
     config = make_config(sparse_cache, "topk", l0=[6])
     folder, weights = halved(config)
     upgrade("topk", {"k": 5, "multi": 0.5})

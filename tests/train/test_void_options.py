@@ -1,4 +1,4 @@
-"""Options that another option makes void: refused in a new run, and without effect in those of earlier versions."""
+"""Options that another option makes void are refused in a new run and have no effect in runs of earlier versions."""
 
 from dataclasses import asdict
 from typing import Any, Literal, get_args, get_origin
@@ -75,7 +75,7 @@ def test_a_new_run_with_one_is_refused_by_a_sentence(recipe: str, name: str) -> 
 
 
 def test_an_option_that_only_a_fixed_one_makes_void_is_taken_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here `aux`, which makes aux_k void, is no option of the recipe."""
+    """The recipe fixes `aux`, whose value 0 would make aux_k void, so `aux` is not one of its options."""
     monkeypatch.setattr("sae.train.recipe.RECIPES", registered := dict[str, Recipe]())
     topk = RECIPES["topk"]
     build = topk.declared_by
