@@ -228,7 +228,7 @@ def test_ctrl_c_does_not_say_that_all_is_saved_on_a_full_disk(sparse_cache, tmp_
 
 
 def test_a_state_of_another_layout_is_copied_into_new_bytes(tmp_path: Path, monkeypatch) -> None:
-    """A mechanism can create tensors between two steps."""
+    """A mechanism can create tensors between two steps, which changes the layout."""
     states = [
         {"a": torch.ones(2), "b": torch.zeros(3)},
         {"a": torch.ones(2), "b": torch.zeros(4)},

@@ -194,7 +194,7 @@ def test_the_plan_says_what_each_process_trains(sparse_cache, tmp_path, monkeypa
     lines = describe_shares(plan.shares, plan.runs, "cpu", memory=True)
     assert lines[0] == "deal     12 runs to 2 processes, by timing a few steps of each recipe"
     for rank, line in enumerate(lines[1:]):
-        one = [run for run in plan.runs if run.hook.layer == rank]  # a layer is a stream
+        one = [run for run in plan.runs if run.hook.layer == rank]  # each layer is one stream
         size = pass_memory(one, "cpu").total / 1e9
         assert line.startswith(f"rank {rank}   6 runs in 1 pass, about 90.0 min, {size:.2f} GB on cpu and ")
     assert [line for line in plan.describe() if line[:4] in ("deal", "rank")] == [

@@ -50,7 +50,7 @@ def ranks_time_alike(monkeypatch) -> None:
 
 
 def test_two_processes_give_the_bytes_of_one(sparse_cache, tmp_path: Path, monkeypatch) -> None:
-    """Records differ only in times and process counts. The first process shows both while it trains its own runs."""
+    """Records differ only in times and process counts. Rank 0 shows the progress of both ranks while it trains."""
     monkeypatch.setattr(ranks, "UPDATE_SECONDS", 0)
     train(config_of(sparse_cache, tmp_path / "one"))
     two = launch(tmp_path / "said", 2, config_of(sparse_cache, tmp_path / "two"))
@@ -188,7 +188,10 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
 def test_torchrun_ends_the_others_with_checkpoints(
     sparse_cache, tmp_path: Path, request, launcher: WorkerProcess, victim: int | None
 ) -> None:
-    """This happens when one is killed. After Ctrl-C all of them end; that case forks nothing."""
+    """torchrun ends the others when one is killed, and all after Ctrl-C.
+
+    The latter case starts torchrun without a fork.
+    """
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--steps", 100_000, "--batch-size", 64,
              "--width", 128, "--device", "cpu", "--checkpoint-every", 50, *("--seed 0 --seed 1 --seed 2".split()),
              "--variant", "topk", "--out", tmp_path / "out"]  # fmt: skip
@@ -202,7 +205,7 @@ def test_torchrun_ends_the_others_with_checkpoints(
         given = {"words": ["python", *torchrun], "folder": tmp_path, "environment": environment}
         pid = launcher("forked_ranks.start", **given)
     running = [pid]
-    request.addfinalizer(lambda: [os.kill(one, signal.SIGTERM) for one in running])  # it ends what it has started
+    request.addfinalizer(lambda: [os.kill(one, signal.SIGTERM) for one in running])  # torchrun ends what it has started
     wait_for(lambda: len({path.parents[2] for path in tmp_path.glob("out/*/checkpoints/*/state.json")}) == 3)
     ranks_of = sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))  # as they were started
     assert len(ranks_of) == 3
