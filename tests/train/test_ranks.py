@@ -188,10 +188,7 @@ def test_twenty_five_kills_of_each_process_in_turn(sparse_cache, tmp_path: Path,
 def test_torchrun_ends_the_others_with_checkpoints(
     sparse_cache, tmp_path: Path, request, launcher: WorkerProcess, victim: int | None
 ) -> None:
-    """torchrun ends the others when one is killed, and all after Ctrl-C.
-
-    The latter case starts torchrun without a fork.
-    """
+    """torchrun ends the others when one is killed, and all after Ctrl-C, in a case that does not fork torchrun."""
     words = ["train", "--cache", sparse_cache.folder, "--layer", 0, "--steps", 100_000, "--batch-size", 64,
              "--width", 128, "--device", "cpu", "--checkpoint-every", 50, *("--seed 0 --seed 1 --seed 2".split()),
              "--variant", "topk", "--out", tmp_path / "out"]  # fmt: skip
