@@ -63,15 +63,15 @@ def _write_cache(folder: Path, bits: dict[int, np.ndarray], window_rows: int = 1
 
 @pytest.fixture
 def finite_bits() -> Callable[..., np.ndarray]:
-    """finite_bits(rows, d_in, seed) -> uint16 bits of bfloat16 numbers, all exponents below 2^64, with both zeros."""
+    """finite_bits(rows, d_in, seed) returns the uint16 bits of bfloat16 numbers below 2^64, including both zeros."""
     return _finite_bits
 
 
 @pytest.fixture
 def make_writer() -> Callable[..., CacheWriter]:
-    """make_writer(folder, {layer: bits}, window_rows) -> a writer with the contexts written, and no window.
+    """make_writer(folder, {layer: bits}, window_rows) returns a writer whose cache has its contexts but no window yet.
 
-    Row r is position 1 + r % 7 of context r // 7.
+    Row r is at position 1 + r % 7 of context r // 7.
     """
     return _make_writer
 
@@ -90,14 +90,17 @@ def write_cache(tmp_path: Path) -> Callable[..., Cache]:
 
 @pytest.fixture(scope="session")
 def two_layer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache to copy: layers 5 and 12, 40 rows of 8, in three windows of one chunk with 16, 16 and 8 rows."""
+    """A cache to copy.
+
+    It has 40 rows of 8 numbers for layers 5 and 12, in three windows of one chunk each with 16, 16 and 8 rows.
+    """
     bits = {layer: _finite_bits(40, 8, seed=layer) for layer in (5, 12)}
     return _write_cache(tmp_path_factory.mktemp("two-layers") / "cache", bits).folder
 
 
 @pytest.fixture(scope="session")
 def twenty_chunks(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Layer 5, 2,560 rows of 8 in 20 windows of one chunk. Do not modify."""
+    """A cache of layer 5 with 2,560 rows of 8 numbers, in 20 windows of one chunk each. Do not modify it."""
     return _write_cache(tmp_path_factory.mktemp("twenty-chunks") / "cache", {5: _finite_bits(2560, 8)}, 128)
 
 
@@ -109,13 +112,13 @@ def cache(two_layer_folder: Path, tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def outliers() -> list[int]:
-    """The outlier rows of `rows_with_outliers`."""
+    """The indices of the outlier rows in `rows_with_outliers`."""
     return OUTLIERS
 
 
 @pytest.fixture
 def rows_with_outliers() -> torch.Tensor:
-    """(200, 8) bfloat16 with norms of about 3; the five outliers are a hundred times as long."""
+    """(200, 8) bfloat16 rows with norms of about 3, except for five outliers that are a hundred times as long."""
     rows = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     rows[OUTLIERS] *= 100
     return rows.bfloat16()
@@ -123,7 +126,7 @@ def rows_with_outliers() -> torch.Tensor:
 
 @pytest.fixture(params=[False, True], ids=["raw", "compressed"])
 def outlier_cache(request: pytest.FixtureRequest, tmp_path: Path, rows_with_outliers: torch.Tensor) -> Cache:
-    """`rows_with_outliers` as layers 5 and 12, in windows of 16 rows, with max_norm 10."""
+    """A cache whose layers 5 and 12 both hold `rows_with_outliers`, in windows of 16 rows, with max_norm 10."""
     layer_bits = rows_with_outliers.view(torch.int16).numpy().view(np.uint16)
     bits = {5: layer_bits, 12: layer_bits}
     writer = _make_writer(tmp_path / "outliers", bits, 16, compress=request.param)

@@ -67,7 +67,7 @@ def test_a_cache_smaller_than_a_batch_raises() -> None:
 
 
 def test_mixing_follows_the_formula() -> None:
-    """B L (1/(lanes W) + 1/T) is the expected number of other rows of the same context, per row of a batch."""
+    """On average, B L (1/(lanes W) + 1/T) other rows of a batch come from the same context as a given row of it."""
     T, W, L, B, chunk = 262_144, 8192, 64, 1024, 256
     rng = np.random.default_rng(0)
     context = np.concatenate([w * W // L + rng.permutation(W) // L for w in range(T // W)])

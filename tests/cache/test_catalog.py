@@ -1,4 +1,4 @@
-"""The caches under activations/: which one is found."""
+"""Finding caches under activations/ by hook or fingerprint."""
 
 import shutil
 from collections.abc import Callable
@@ -36,11 +36,11 @@ def test_find_cache_names_a_half_written_cache(tmp_path: Path, finite_bits, make
     with pytest.raises(UsageError, match="No complete cache holds layer 5; .*half is half written"):
         find_cache(None, Hook(5), tmp_path)
     with pytest.raises(UsageError, match="No cache holds layer 7. Create .* --layer 7 --model none"):
-        find_cache(None, Hook(7), tmp_path)  # finishing the other would not give this layer
+        find_cache(None, Hook(7), tmp_path)  # completing the half-written cache would not add layer 7
 
 
 def test_a_broken_cache_does_not_hide_the_others(tmp_path: Path, write_cache, finite_bits) -> None:
-    """find_cache uses the caches that open, and warns of those that do not."""
+    """find_cache uses the caches that can be opened and warns about the others."""
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "zarr.json").write_text("{ torn")
     with (
@@ -55,7 +55,7 @@ def test_a_broken_cache_does_not_hide_the_others(tmp_path: Path, write_cache, fi
 
 
 def overwrite(folder: Path, **attributes: object) -> None:
-    """Replace attributes of a cache, with a right digest if it has one: whoever wrote them has another idea of them."""
+    """Replace attributes of a cache, and remove its digest if it has one."""
     root = read_json(folder / "zarr.json")
     root["attributes"] = {k: v for k, v in (root["attributes"] | attributes).items() if k != "content_digest"}
     write_json(folder / "zarr.json", root)
@@ -103,5 +103,6 @@ def test_a_cache_is_found_by_its_fingerprint_wherever_a_good_copy_is(tmp_path: P
     (cache.folder / "zarr.json").write_text("torn")
     assert find_by_fingerprint(cache.fingerprint, cache.folder, activations).folder == moved
     shutil.rmtree(moved)
-    with pytest.raises(DamagedError, match="old/zarr.json cannot be read"):  # not that there is no cache
+    # the damage is reported, not a missing cache
+    with pytest.raises(DamagedError, match="old/zarr.json cannot be read"):
         find_by_fingerprint(cache.fingerprint, cache.folder, activations)

@@ -12,14 +12,14 @@ from sae.cache.chunk_schedule import NEVER, ChunkSchedule
 
 
 def schedule_of(steps: list[set[int]], sizes: list[int]) -> ChunkSchedule:
-    """The schedule of steps that each need a set of files."""
+    """Build the schedule of steps that each need a set of files."""
     uses = [(file, step, step) for step, files in enumerate(steps) for file in files]
     return ChunkSchedule(np.array(uses, np.int64).reshape(-1, 3), np.array(sizes))
 
 
 def fewest_pulls(steps: list[set[int]], capacity: int) -> int:
-    """The fewest pulls of files of one size, by trying every choice of what to keep."""
-    states = {frozenset(): 0}  # what is held -> pulls so far
+    """Find the smallest number of pulls of files of equal size by trying every choice of files to keep."""
+    states = {frozenset(): 0}  # files that are held -> fewest pulls so far
     for needed in steps:
         following: dict[frozenset[int], int] = {}
         for held, pulls in states.items():
@@ -34,9 +34,9 @@ def fewest_pulls(steps: list[set[int]], capacity: int) -> int:
 
 
 def read_all(schedule: ChunkSchedule, capacity: int, steps: int, in_flight: int = 2) -> np.ndarray:
-    """Read all steps, pulling ahead as far as the schedule allows; returns how often each file was pulled.
+    """Read all steps, pulling ahead as far as the schedule allows, and return how often each file was pulled.
 
-    Asserts that the files never take more than the capacity, and that each step finds the files that it needs.
+    Asserts that the files never exceed the capacity, and that each step finds the files that it needs.
     """
     present, pulls = np.zeros(len(schedule.sizes), bool), np.zeros(len(schedule.sizes), np.int64)
     kept, arriving = np.zeros_like(present), []
@@ -112,7 +112,7 @@ def test_a_file_that_is_there_is_not_pulled_and_what_another_process_reads_is_ke
 def test_room_is_made_when_the_file_that_makes_it_has_been_read() -> None:
     schedule = schedule_of([{0}, {1}, {2}, {1}], [1] * 3)
     pull = schedule.next_pull(0, np.array([True, True, False]), np.zeros(3, bool), 0)
-    assert pull is not None and (pull.evict, pull.after) == ([0], 0)  # 1 is needed again, 0 is not
+    assert pull is not None and (pull.evict, pull.after) == ([0], 0)  # file 1 is needed again, file 0 is not
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 5, 7])

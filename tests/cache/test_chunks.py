@@ -1,4 +1,4 @@
-"""The files of chunks: every reader sees the same bits."""
+"""Every reader of a chunk file sees the same bits."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_every_reader_sees_the_same_bits(tmp_path: Path) -> None:
     ):
         assert read.dtype == np.uint16 and np.array_equal(read, EVERY_PATTERN)
     assert [name for name, _ in zarr.open_group(str(tmp_path), mode="r").members()] == ["layer_05"]
-    assert not np.concatenate(prefixes)[ROWS:].any()  # the filling of the last chunk
+    assert not np.concatenate(prefixes)[ROWS:].any()  # the padding of the last chunk
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "uint16"])
@@ -65,7 +65,10 @@ def test_every_reader_decodes_the_same_bits(tmp_path: Path, dtype: str) -> None:
 
 
 def test_rows_that_compress_are_compressed(tmp_path: Path) -> None:
-    """Sign and exponent of normal rows have about 2.6 bits of eight: the limit is 1.53, and blosc comes near it."""
+    """The compression ratio of normally distributed rows comes close to its limit of 1.53.
+
+    The high byte of a number, its sign and the top of its exponent, carries about 2.6 bits of information.
+    """
     normal = torch.randn(4096, 2304, generator=torch.Generator().manual_seed(0)).bfloat16().view(torch.int16).numpy()
     array = write_array(tmp_path, normal.view(np.uint16), "bfloat16", compress=True)
     stored = sum((tmp_path / array.chunk_file(n)).stat().st_size for n in range(4))
@@ -124,7 +127,7 @@ def test_a_lost_chunk_reads_as_nan(tmp_path: Path, dtype: str, compress: bool) -
 
 
 def test_lost_norms_and_moments_read_as_nan(tmp_path: Path) -> None:
-    """Integers and booleans cannot say that they are missing."""
+    """Lost integers and booleans read as zero, because their types have no value for missing data."""
     layout = Layout(ROWS, 1024)
     GROUP_RECORD.write(tmp_path / "zarr.json", group_metadata({}))
     for array in [*layout.arrays({"layer_05": D}), *token_arrays(3, 8, rows=True)]:

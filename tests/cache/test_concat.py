@@ -1,4 +1,4 @@
-"""Several caches read as one: their rows follow one another."""
+"""Several caches are read as one: the rows of each cache follow those of the cache before it."""
 
 import numpy as np
 import pytest

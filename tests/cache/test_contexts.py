@@ -1,4 +1,4 @@
-"""Contexts are read back as they were written, and are complete only with all of their files."""
+"""Contexts are read back as they were written, and are complete only if all of their files exist."""
 
 from pathlib import Path
 

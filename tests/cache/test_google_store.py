@@ -1,6 +1,7 @@
-"""Conditional writes to Google Cloud Storage, whose condition is the number of a write: the few requests of them.
+"""Conditional writes to Google Cloud Storage, which depend on the generation number of an object.
 
-moto has no such server, so this one is made of what Google's XML API documents, and nothing else about Google is shown.
+moto cannot emulate them, so the tests run a small server that follows Google's documentation of the XML API. They show
+nothing else about Google Cloud Storage.
 """
 
 import json
@@ -15,7 +16,10 @@ from sae.cache.object_store import ObjectStore, open_store
 
 
 class Google(ThreadingHTTPServer):
-    """Objects with the numbers of their writes; `before_write` is called once, before the next write is decided."""
+    """A server that stores each object with its generation number.
+
+    `before_write` is called once, before the condition of the next write is checked.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

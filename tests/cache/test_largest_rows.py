@@ -1,4 +1,4 @@
-"""Sealing in a store: the statistics are those of a disk, and need a few requests for each window."""
+"""Sealing in a store gives the statistics of a cache on disk and needs only a few requests for each window."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def writer(outlier_cache: Cache, rows_with_outliers, make_writer, write_windows, tmp_path: Path) -> CacheWriter:
-    """Every window of `outlier_cache`, in a store and not sealed."""
+    """A writer that has written every window of layer 5 of `outlier_cache` to a store and has not sealed them."""
     bits = {5: rows_with_outliers.view(torch.int16).numpy().view(np.uint16)}
     local = make_writer(folder := tmp_path / "working", bits, 16, compress=outlier_cache.layout.compress)
     HARVEST_RECORD.write(folder / "harvest.json", REQUEST)
@@ -59,7 +59,7 @@ def flip_a_bit(store: ObjectStore) -> None:
 
 
 def swap(store: ObjectStore) -> None:
-    """Each window has the object of another."""
+    """Give each window the largest rows of another window."""
     keys = sorted(key for key, _ in store.list("largest"))
     data = [store.get(key) for key in keys]
     for key, other in zip(keys, data[1:] + data[:1], strict=True):
@@ -67,7 +67,7 @@ def swap(store: ObjectStore) -> None:
 
 
 def remove(store: ObjectStore) -> None:
-    """As in a cache of an earlier version."""
+    """Delete the largest rows of all windows, which a cache of an earlier version does not have."""
     store.delete(key for key, _ in list(store.list("largest")))
 
 
@@ -113,7 +113,10 @@ def test_largest_rows_that_are_missing_damaged_or_of_other_files_change_nothing(
 def test_a_window_needs_as_many_requests_whatever_its_rows_are(
     writer: CacheWriter, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commit, norms, moments, row_ctx and row_pos once each, its largest rows up to three times."""
+    """Sealing reads a window's largest rows up to three times, and its other files once.
+
+    The other files are its commit, norms, moments, row_ctx and row_pos.
+    """
     asked.clear()
     assert writer.seal(None)
     for window in range(WINDOWS):

@@ -16,14 +16,14 @@ D = 8
 
 
 def rows_of_batch(order: BatchOrder, batch: int) -> np.ndarray:
-    """The rows of a batch, counted over the whole cache."""
+    """The rows of a batch, as indices into the whole cache."""
     first = np.concatenate([[0], np.cumsum(order.chunk_rows)])
     return np.concatenate([np.arange(p.start, p.start + p.rows) + first[p.chunk] for p in order.spans(batch)])
 
 
 @pytest.fixture
 def cache(write_cache, finite_bits):
-    """1,003 rows in windows and chunks of 128 rows; the last has 107."""
+    """A cache of 1,003 rows in windows and chunks of 128 rows; the last one has 107 rows."""
     return write_cache({5: finite_bits(1003, D)}, window_rows=128)
 
 
@@ -63,12 +63,12 @@ def test_a_batch_does_not_change_while_the_consumer_is_slow(cache) -> None:
     with BatchLoader(cache, "layer_05", 60, depth=2) as batches:
         for wanted in expected:
             read = next(batches)
-            time.sleep(0.02)  # the reading threads get as far ahead as they can
+            time.sleep(0.02)  # lets the reading threads get as far ahead as they can
             assert torch.equal(read.view(torch.int16), wanted)
 
 
 def test_a_reading_error_is_raised_at_its_own_batch(cache) -> None:
-    order = BatchOrder(cache.chunk_rows, 3, 0)  # with three lanes some chunks are read late
+    order = BatchOrder(cache.chunk_rows, 3, 0)  # with three lanes, some chunks are not read until a late batch
     touched = [{p.chunk for p in order.spans(n)} for n in range(order.batches_per_epoch)]
     last = max(range(8), key=lambda chunk: next(n for n, chunks in enumerate(touched) if chunk in chunks))
     number = next(n for n, chunks in enumerate(touched) if last in chunks)
@@ -85,7 +85,7 @@ def test_threads_that_open_a_chunk_together_verify_it_once(cache, monkeypatch) -
     checked = []
 
     def check(folder, array, chunk, record) -> None:
-        time.sleep(0.01)  # the other threads reach the same chunk
+        time.sleep(0.01)  # gives the other threads time to reach the same chunk
         checked.append(chunk)
 
     monkeypatch.setattr("sae.cache.reader.check_chunk", check)
@@ -95,7 +95,7 @@ def test_threads_that_open_a_chunk_together_verify_it_once(cache, monkeypatch) -
 
 
 def test_any_error_of_a_reading_thread_reaches_the_caller(cache, monkeypatch) -> None:
-    """If an error only ended its thread, the caller would wait forever."""
+    """If an error merely ended its thread, the caller would wait forever."""
 
     def shuffle(*_: object) -> None:
         raise MemoryError("no room for an order")

@@ -1,4 +1,4 @@
-"""The local folder of what is pulled from stores: its size is kept, damage is met, processes share it."""
+"""The local folder for files pulled from stores: its size limit, damaged files, and sharing between processes."""
 
 import re
 import shutil
@@ -37,14 +37,14 @@ def disk_cache(twenty_chunks: Cache) -> Cache:
 
 @pytest.fixture
 def address(disk_cache: Cache, tmp_path: Path) -> str:
-    """The address of a copy, which a test may damage: on a mounted file system, which takes no server."""
+    """The address of a copy that a test may damage, on a mounted file system, which needs no server."""
     shutil.copytree(disk_cache.folder, tmp_path / "store" / "pile")
     return f"file://{tmp_path}/store/pile"
 
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFolder]:
-    """A local folder of this test, which looks again soon."""
+    """A local folder for one test, which checks for changes by other processes every 0.05 s."""
     monkeypatch.setattr(module, "LOOK_AGAIN", 0.05)
     yield local_folder(tmp_path / "local")
     module.OPENED.clear()
@@ -59,7 +59,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def opened(address: str, local: LocalFolder, chunks: int):
-    """The cache at an address, with room for so many chunks in the local folder."""
+    """Open the cache at an address, with room for this number of chunks in the local folder."""
     cache = open_place(address, local=local.folder)
     cache.row_norms("layer_05")
     cache.array("layer_05")
@@ -91,7 +91,8 @@ def test_the_size_is_kept_and_as_few_chunks_are_pulled_as_it_allows(
         before = local.pulled_files
         assert same(read(cache, 64, seed=9), read(disk_cache, 64, seed=9)) and local.pulled_files == before
     assert not contents(local.folder).parts and not list(local.folder.glob(".reader-*"))
-    assert str(local.folder) not in Path("/proc/self/maps").read_text()  # a removed file that is mapped keeps its space
+    # a deleted file that is still mapped would keep its disk space
+    assert str(local.folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_works(
@@ -102,7 +103,7 @@ def test_a_folder_that_is_too_small_for_a_batch_is_refused_with_a_size_that_work
         UsageError, match=r"too small: one step reads .* of chunks.* Give --local-cache [\d.]+ MB or more"
     ):
         read(cache, 64)
-    assert not list(local.folder.glob(".reader-*"))  # it reads nothing, for other processes too
+    assert not list(local.folder.glob(".reader-*"))  # other processes do not see it as a reader either
 
 
 def test_what_is_damaged_on_the_disk_is_pulled_again_and_what_is_damaged_in_the_store_is_named(
@@ -150,7 +151,8 @@ def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
 
     def full(path: Path, target: Path) -> Path:
         if path.suffix == ".part":
-            assert local._shared._threads.locked()  # or who looks at the folder meanwhile might see neither name
+            # otherwise a thread that lists the folder at this moment could see neither name
+            assert local._shared._threads.locked()
             left[0] -= 1
             if left[0] < 0:
                 raise OSError(28, "No space left on device")
@@ -159,7 +161,7 @@ def test_a_full_disk_is_a_sentence_and_what_is_whole_is_kept(
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UnavailableError, match="The disk is full"):
         read(cache, 74)
-    while contents(local.folder).parts:  # pulls that had begun when the first one failed
+    while contents(local.folder).parts:  # waits for pulls that had begun when the first one failed
         time.sleep(0.01)
     monkeypatch.undo()
     assert len(contents(local.folder).whole) == 3
@@ -185,7 +187,7 @@ def test_chunks_of_another_cache_make_room_and_what_a_dead_process_was_pulling_g
 def test_only_so_many_bytes_are_pulled_at_once(
     disk_cache: Cache, address: str, local: LocalFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are in memory until they are verified."""
+    """Chunks stay in memory until they are verified."""
     cache, fetch, pulling, most = opened(address, local, 20), StoreCache.fetch_chunk, [0], [0]
 
     def count(cache: StoreCache, file: str) -> bytes:

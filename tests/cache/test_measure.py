@@ -1,4 +1,4 @@
-"""Norms and moments of rows are right, and have the same bits however the rows are divided among calls."""
+"""Norms and moments of rows are correct, and their bits do not depend on how the rows are divided among calls."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from sae.cache.measure import RowStatistics, measure, measure_rows
 
 @pytest.mark.parametrize("rows, d_in", [(1, 1), (5, 3), (300, 65), (1000, 257)])
 def test_sums_are_those_of_exact_arithmetic(rows: int, d_in: int) -> None:
-    """Fractions of small integers, whose sums are exact in any order."""
+    """The rows are fractions of small integers, whose sums are exact in any order."""
     x = torch.randint(-64, 65, (rows, d_in), generator=torch.Generator().manual_seed(0)).double() / 8
     found = measure_rows(as_uint16(x.bfloat16()), 256)
     assert (found.moments == torch.stack([x.sum(0), x.square().sum(0)]).numpy()).all()
@@ -20,7 +20,10 @@ def test_sums_are_those_of_exact_arithmetic(rows: int, d_in: int) -> None:
 
 
 def test_the_bits_do_not_depend_on_threads_or_on_how_many_chunks_are_measured_at_once() -> None:
-    """As long as chunks have the same rows. Scales differ, so that another order has other bits."""
+    """This holds as long as each chunk has the same rows.
+
+    The rows have different scales, so that summing them in another order changes the bits.
+    """
     generator = torch.Generator().manual_seed(0)
     values, exponents = torch.randn(2, 1024, 96, generator=generator)
     x = (values * exponents.mul(6).exp()).bfloat16()

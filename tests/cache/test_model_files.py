@@ -1,4 +1,4 @@
-"""Which files of a folder decide what its model computes, and which an index may name."""
+"""Which files of a folder determine what its model computes, and which files an index may name."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_the_digest_of_files_at_the_top_is_what_it_always_was(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", sorted(TOKENIZER_FILES))
 def test_a_tokenizer_in_text_files_belongs_to_the_model(tmp_path: Path, name: str) -> None:
-    """Unless there is a tokenizer.json, which transformers then reads alone."""
+    """The exception is a folder with a tokenizer.json, which transformers reads instead of these files."""
     folder = folder_of(tmp_path / "model", config_json="{}", vocab_json="{}", model_safetensors="x")
     without = folder_digests(folder)[0]
     (folder / name).write_text("a b")

@@ -1,4 +1,4 @@
-"""The objects behind an address: what each method does, what it says when the store fails, and what it never says."""
+"""The methods of an object store, their messages when the store fails, and what these messages must never contain."""
 
 import socket
 import sys
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("fast_retries")
 
 @pytest.fixture
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try again at once, and give up soon."""
+    """Retry at once, and give up after three retries."""
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
     monkeypatch.setattr(object_store, "RETRY", {**object_store.RETRY, "max_retries": 3, "backoff": backoff})
     monkeypatch.setattr(object_store, "PAUSE", 0)
@@ -52,7 +52,7 @@ def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_objects_are_written_read_listed_and_deleted(store: ObjectStore, tmp_path: Path) -> None:
     large = tmp_path / "large"
-    large.write_bytes(bytes(range(256)) * 40_000)  # several parts of a download
+    large.write_bytes(bytes(range(256)) * 40_000)  # large enough for a download in several parts
     store.put("layer_12/c.0.0", large)
     store.put("zarr.json", b"{}")
     store.put("empty", b"")
@@ -62,7 +62,7 @@ def test_objects_are_written_read_listed_and_deleted(store: ObjectStore, tmp_pat
     assert (tmp_path / "deep" / "copy").read_bytes() == large.read_bytes()
     assert sorted(store.list()) == [("empty", 0), ("layer_12/c.0.0", 10_240_000), ("zarr.json", 2)]
     assert list(store.list("layer_12")) == [("layer_12/c.0.0", 10_240_000)]
-    assert list(store.list("layer_1")) == []  # folders, not beginnings of names
+    assert list(store.list("layer_1")) == []  # the argument names a folder, not the beginning of a name
     store.delete(["zarr.json", "never there", "empty"])
     assert [key for key, _ in store.list()] == ["layer_12/c.0.0"]
     assert store.exists("layer_12/c.0.0") and not store.exists("zarr.json")
@@ -131,7 +131,7 @@ def test_failures_without_end_are_one_sentence(fault: str, proxy: FaultyProxy, b
 
 
 def one_sentence(error: Exception) -> str:
-    """The message, which is short and holds neither a secret nor obstore's own text."""
+    """Return the message, after checking that it is short and contains neither a secret nor obstore's own text."""
     text = str(error)
     assert "\n" not in text and len(text) < 400 and "Debug source" not in text and "http://" not in text
     assert SECRET not in text and error.__cause__ is None and error.__suppress_context__
@@ -147,7 +147,7 @@ def test_refused_credentials(proxy: FaultyProxy, bucket: str, tmp_path: Path, st
         with pytest.raises(UnavailableError, match="the store refused the credentials") as caught:
             action(store, tmp_path)
         assert f"({status}" in one_sentence(caught.value)
-        assert len(proxy.requests) == 1, name  # tried once: they will not get better
+        assert len(proxy.requests) == 1, name  # there is no retry, which would not help
 
 
 def test_missing_bucket_and_missing_object(bucket: str, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(UnavailableError, match="cannot be reached"):
         open_store(bucket).exists("a")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # the first alone, then both
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # without the first variable, then without both
         monkeypatch.delenv(name)
         with pytest.raises(UnavailableError, match="No credentials for .* were found. Set them in the") as caught:
             open_store(bucket).exists("a")
@@ -183,7 +183,10 @@ def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.
 
 
 def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It accepts the connection and is silent, as on EC2 inside of a container. With credentials it is not asked."""
+    """A metadata server that accepts the connection and stays silent is not waited for.
+
+    On EC2, this happens inside a container. If there are credentials, the server is not asked.
+    """
     monkeypatch.setattr(machine_credentials, "SECONDS", 0.05)
     for name in machine_credentials.GIVEN:
         monkeypatch.delenv(name, raising=False)
@@ -277,7 +280,7 @@ def test_an_address_with_too_few_slashes_is_no_folder(path: str | Path, address:
 def test_only_the_first_of_two_writers_writes(store: ObjectStore) -> None:
     assert store.put_if_absent("claim", b"task 1")
     assert not store.put_if_absent("claim", b"task 2")
-    assert store.put_if_absent("claim", b"task 1")  # as after an answer that was lost
+    assert store.put_if_absent("claim", b"task 1")  # a retry after a lost response finds its own object
     assert store.get("claim") == b"task 1"
 
 
@@ -290,7 +293,7 @@ def test_an_object_is_replaced_only_if_it_is_as_it_was_read(store: ObjectStore) 
 
 
 def test_an_object_that_was_deleted_since_is_not_taken_for_ones_own(bucket: str) -> None:
-    """Another worker deletes the object between a refused write and the look at it."""
+    """Another worker deletes the object between the refused write and the look at the object."""
     store = open_store(bucket)
     store.put("commit", b"theirs")
     real = store.store
@@ -358,7 +361,7 @@ def test_a_large_object_goes_up_in_parts(
     store = open_store(bucket)
     proxy.schedule = lambda request: "500" if request.number == 2 else None
     store.put("large", tmp_path / "large")
-    assert len([one for one in proxy.requests if one.method == "PUT"]) == 4  # three parts, one of them twice
+    assert len([one for one in proxy.requests if one.method == "PUT"]) == 4  # three parts, one of which is sent twice
     assert store.get("large") == (tmp_path / "large").read_bytes()
 
 
@@ -433,7 +436,7 @@ def test_every_address_has_a_working_folder_of_its_own() -> None:
 
 @pytest.mark.parametrize(("seconds", "attempts"), [(1, 4), (70, 3), (200, 1)])
 def test_there_are_four_attempts_within_three_minutes(monkeypatch, tmp_path: Path, seconds: int, attempts: int) -> None:
-    """A store that does not answer takes minutes to fail; obstore itself has tried several times then."""
+    """One attempt at a store that does not answer can take minutes, because obstore itself retries several times."""
     clock, begun = [0.0], []
 
     def read() -> None:
@@ -463,7 +466,7 @@ def test_a_file_that_is_named_twice_is_downloaded_once(tmp_path: Path, monkeypat
 
 
 def test_after_an_error_nothing_further_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the two actions that wait then, one may be running."""
+    """Of the two actions that are queued at that moment, one may already be running."""
     begun, cancelled, cancel = [], [], Future.cancel
     both = threading.Event()
 

@@ -11,7 +11,7 @@ from sae.common.cache_schemas import MANIFEST_RECORD
 
 
 def share_of_variance(rows: np.ndarray) -> float:
-    """The share of the variance of rows (R, d) that the 0.1 % of them with the largest norms hold."""
+    """The share of the variance of rows (R, d) that is due to the 0.1 % of the rows with the largest norms."""
     centered = np.square(rows - rows.mean(0)).sum(1)
     top = np.argsort(np.square(rows).sum(1))[-int(np.ceil(len(rows) * TOP_SHARE)) :]
     return float(centered[top].sum() / centered.sum())
@@ -73,7 +73,7 @@ def test_a_warning_is_about_over_a_tenth_of_the_variance_of_the_unmasked_rows(sh
 
 
 def test_a_limit_that_no_row_exceeds_changes_no_digest(cache: Cache, finite_bits, make_writer) -> None:
-    """So runs on caches of older versions, which had no limit by default, keep their names and can be resumed."""
+    """Runs on caches of older versions, which had no default limit, therefore keep their names and can be resumed."""
     before = cache.array_digest("layer_05")
     writer = make_writer(cache.folder, {5: finite_bits(40, 8, 5)}, 16)
     writer.finish(1e15)

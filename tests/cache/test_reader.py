@@ -1,4 +1,4 @@
-"""Reading a cache: it returns what was written, and damage raises instead of reading as zeros."""
+"""Reading a cache returns what was written, and damage raises instead of reading as zeros."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_a_damaged_chunk_raises(cache: Cache, damage: Callable[[Path], None], me
         ) as raised:
             read()
         assert raised.value.exit_code == 3
-    cache.read_chunk("layer_05", chunk)  # the other layer is not damaged
+    cache.read_chunk("layer_05", chunk)  # layer 5 is not damaged
 
 
 SIDE_ARRAYS: dict[str, Callable[[Cache], object]] = {
@@ -116,7 +116,7 @@ def test_damage_to_side_arrays_raises(cache: Cache, damage, message: str, file: 
 
 @pytest.mark.parametrize("array", ["layer_12.moments/c.{}.0.0", "layer_12.row_norm/c.{}"])
 def test_a_side_chunk_of_another_window_raises(cache: Cache, array: str) -> None:
-    """Its own checksum is right: only the manifest tells that it belongs elsewhere."""
+    """The chunk has a valid checksum of its own, and only the manifest shows that it belongs to another window."""
     shutil.copyfile(cache.folder / array.format(0), cache.folder / array.format(1))
     with pytest.raises(DamagedError, match=r"c\.1.* is not the file that the cache lists: it comes from another"):
         cache.mean("layer_12")
@@ -127,13 +127,14 @@ def test_the_tokens_of_another_cache_raise(cache: Cache, make_writer, finite_bit
     shutil.copyfile(other / "tokens/length/c.0", cache.folder / "tokens/length/c.0")
     with pytest.raises(DamagedError, match=r"tokens/length/c\.0 (has|is not the file)"):
         cache.contexts(held_out=False)
-    shutil.copytree(other / "tokens", cache.folder / "tokens", dirs_exist_ok=True)  # whole, with its own record
+    # all tokens of the other cache, with their own record
+    shutil.copytree(other / "tokens", cache.folder / "tokens", dirs_exist_ok=True)
     with pytest.raises(DamagedError, match="tokens is not the text that this cache was harvested from"):
         cache.contexts(held_out=False)
 
 
 def test_an_outlier_row_of_another_norm_raises(outlier_cache: Cache, outliers: list[int]) -> None:
-    """The mean reads single rows of large chunks, so it checks these rows instead of whole chunks."""
+    """The mean reads single rows of large chunks, so it verifies these rows instead of whole chunks."""
     cache, (row, *_) = outlier_cache, outliers
     file = cache.folder / cache.array("layer_05").chunk_file(row // 16)
     if cache.layout.compress:

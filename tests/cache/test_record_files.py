@@ -1,4 +1,4 @@
-"""The records of a cache: damage to any field of any of them is found, and other Zarr programs can write them anew."""
+"""Damage to any field of any record of a cache is detected, and other Zarr programs may rewrite the records."""
 
 import json
 import re
@@ -49,14 +49,17 @@ def other(value: Any) -> Any:
 
 
 def read_all(folder: Path) -> None:
-    """What opening a cache, showing it and the beginning of `sae cache verify` read."""
+    """Read what is read by opening a cache, by showing it and by the beginning of `sae cache verify`."""
     cache = open_cache(folder)
     next(iter(cache.verify()))
     cache.describe_contexts(), cache.state, cache.statistics("layer_05"), repr(cache)
 
 
 def each_change(folder: Path, *, digests: bool) -> Iterator[tuple[str, Path]]:
-    """Change one value of one record after the other, and put each back. Yields what was changed, and its file."""
+    """Change one value of one record at a time, and restore the record.
+
+    Yields the path of the value in its record, and the file of the record.
+    """
     for path, _ in record_files(folder):
         whole = path.read_text()
         content = json.loads(whole if digests else without_digest(whole))
@@ -71,7 +74,7 @@ def without_digest(text: str) -> str:
 
 
 def test_a_changed_value_is_found_wherever_it_is(folder: Path) -> None:
-    """But for the fill value, which only other readers use and which they spell in their own ways."""
+    """The only exception is the fill value, which only other readers use and each of them spells in its own way."""
     unnoticed, tried = set(), 0
     for what, _ in each_change(folder, digests=True):
         tried += 1
@@ -86,7 +89,10 @@ def test_a_changed_value_is_found_wherever_it_is(folder: Path) -> None:
 
 @unchecked
 def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(folder: Path) -> None:
-    """In records of earlier versions only what another record contradicts is noticed; nothing is a traceback."""
+    """A change to a record of an earlier version is detected only if another record contradicts it.
+
+    No change causes a traceback.
+    """
     unnoticed = set()
     for what, path in each_change(folder, digests=False):
         try:
@@ -166,7 +172,7 @@ def test_a_file_too_many_or_too_few_is_found(cache: Cache, file: str, change: st
 def test_the_files_of_an_array_that_is_not_complete_may_be_listed(
     cache: Cache, finite_bits, make_writer, write_windows
 ) -> None:
-    """By earlier versions; the next manifest does not have them."""
+    """Earlier versions listed these files; the next manifest omits them."""
     bits, path = {layer: finite_bits(40, 8, layer) for layer in (5, 19)}, cache.folder / "manifest.json"
     write_windows(make_writer(cache.folder, bits, 16), {19: bits[19]}, [1])
     files = COMMIT_RECORD.read(cache.folder / "commits/000001.layer_19.json")["files"]
@@ -195,7 +201,7 @@ def test_a_missing_commit_is_found_by_verify(cache: Cache) -> None:
 def test_a_cache_that_another_zarr_program_has_written_into_is_as_before(
     tmp_path: Path, finite_bits, make_writer, write_windows, compress: bool
 ) -> None:
-    """zarr-python writes all metadata anew: attributes of its user's, of the group and of arrays, and copies."""
+    """zarr-python rewrites all metadata, and adds attributes of the group and of arrays and a consolidated copy."""
     bits = {5: finite_bits(1100, 8)}
     writer = make_writer(tmp_path / "c", bits, 1024, compress=compress)
     write_windows(writer, bits, [0, 1])
@@ -280,7 +286,7 @@ def test_the_text_of_another_length_is_refused(cache: Cache) -> None:
 
 
 def test_damage_to_the_remembered_digests_is_not_believed(tmp_path: Path, monkeypatch) -> None:
-    """A changed digest would be taken for another model."""
+    """A changed digest could be taken for that of another model."""
     monkeypatch.setenv("SAE_HOME", str(tmp_path))
     file = str(tmp_path)
     remember("files", {file: [1, 2, 3, 4, 5, "ab" * 32]})

@@ -1,4 +1,7 @@
-"""Deleting a cache: only what is one, nothing that counts as one is left at any instant, and not while it is read."""
+"""Deleting a cache.
+
+Only caches are deleted, and not while they are read. At no moment of a deletion do the remains count as a cache.
+"""
 
 import contextlib
 import os
@@ -37,12 +40,13 @@ def test_only_a_cache_is_deleted(cache: Cache, tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Instead of a signal, so that one process can be killed many times: nothing is deleted afterwards."""
+    """Raised in place of a kill signal, so that one process can be killed many times. Nothing is deleted afterwards."""
 
 
 def killed_at(number: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Do `work`, but be killed when it deletes a file or folder for the time after `number` others. Returns how many
-    it would have deleted, or tried to.
+    """Do `work`, but raise `Killed` when it deletes a file or folder after `number` others.
+
+    Returns the number of files and folders that it deleted or tried to delete.
     """
     done = 0
 
@@ -79,7 +83,10 @@ def only_a_draft(folder: Path) -> None:
 def test_a_deletion_that_is_killed_is_finished_by_the_next(
     change: Callable[[Path], object], two_layer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at a file or folder. From the first one on it is no cache; at last it is an empty folder."""
+    """The deletion is killed at each of several files and folders.
+
+    After the first deletion the folder is no longer a cache; before the last one it is empty.
+    """
     folder = tmp_path / "cache"
 
     def remove_until(number: int) -> int:
@@ -118,9 +125,8 @@ def test_a_link_to_a_cache_goes_with_it(cache: Cache, tmp_path: Path) -> None:
     link.symlink_to(cache.folder)
     remove_cache(link)
     assert not cache.folder.exists() and not link.is_symlink() and (kept / "notes.txt").read_text() == "mine"
-    link.symlink_to(
-        cache.folder
-    )  # as it is left by one that is killed between the two, or on a disk that is not mounted
+    # A deletion that was killed before it removed the link leaves it like this, and so does a disk that is not mounted.
+    link.symlink_to(cache.folder)
     with pytest.raises(
         UsageError, match=f"link is a link to {cache.folder}, which does not exist; nothing was deleted"
     ):
@@ -138,7 +144,7 @@ with kept_caches([sys.argv[1]], "sae train"):
 
 
 def test_a_cache_that_is_read_is_not_deleted(cache: Cache) -> None:
-    """Whoever reads is named; one that was killed is not, and is in nobody's way."""
+    """The error names a process that reads the cache. A process that was killed is not named and blocks nothing."""
     before = sorted(cache.folder.rglob("*"))
 
     def read() -> subprocess.Popen[str]:
@@ -178,7 +184,7 @@ def test_a_cache_that_is_deleted_is_not_read(cache: Cache, monkeypatch: pytest.M
 
 
 def test_reading_needs_no_lock(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of others, or a file system without locks."""
+    """The folder may belong to someone else, or its file system may have no locks."""
     before = sorted(cache.folder.rglob("*"))
 
     def refused(path: Path, *args: object) -> int:

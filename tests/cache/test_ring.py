@@ -19,7 +19,7 @@ IDENTITY = {"model": {"name": "none", "revision": "0"}}
 
 
 def make_ring(folder: Path, rows: int = 200, capacity: int = 4) -> RingCache:
-    """Windows of 16 rows: 13 of them in 200 rows, the last with 8 rows."""
+    """A ring with windows of 16 rows. 200 rows make 13 windows, and the last one has 8 rows."""
     return RingCache(folder, IDENTITY, Layout(rows, 16), {"layer_05": 8}, capacity)
 
 
@@ -83,7 +83,7 @@ def masked_ring(folder: Path, max_norm: float | None = 10.0, widths: dict[str, i
 
 @pytest.fixture
 def harvested_ring(tmp_path: Path, rows_with_outliers, make_writer, write_windows) -> RingCache:
-    """All 13 windows of `rows_with_outliers`, 16 rows each, in a ring."""
+    """A ring that holds all 13 windows of `rows_with_outliers`, with 16 rows per window."""
     bits = {5: rows_with_outliers.view(torch.int16).numpy().view(np.uint16)}
     folder = tmp_path / "ring"
     writer = make_writer(folder, bits, 16, **IDENTITY)
@@ -125,11 +125,12 @@ def test_the_first_window_fixes_the_norm_limit_of_all(harvested_ring: RingCache,
 def test_a_norm_limit_is_recorded_once(harvested_ring: RingCache) -> None:
     assert not harvested_ring.has_norm_limits
     harvested_ring.fix_norm_limits()
-    harvested_ring.keep_only(range(1, 2))  # without the window that it comes from
+    harvested_ring.keep_only(range(1, 2))  # removes the window that the limit was computed from
     again = masked_ring(harvested_ring.folder)
     assert again.has_norm_limits and again.fix_norm_limits() == []
     assert again.norm_limit("layer_05") == harvested_ring.norm_limit("layer_05")
-    assert not masked_ring(again.folder, max_norm=5.0).has_norm_limits  # it belongs to another --max-norm
+    # the recorded limit belongs to another --max-norm
+    assert not masked_ring(again.folder, max_norm=5.0).has_norm_limits
     assert not masked_ring(again.folder, widths={"layer_05": 8, "layer_06": 8}).has_norm_limits
 
 
@@ -182,7 +183,7 @@ def test_fixing_a_limit_keeps_those_of_other_arrays(harvested_ring: RingCache) -
 
 
 def test_a_released_group_is_mapped_no_more(harvested_ring: RingCache) -> None:
-    """A mapped file would keep its disk space."""
+    """A deleted file that is still mapped would keep its disk space."""
     harvested_ring.fix_norm_limits()
     with BatchLoader(group_of(harvested_ring, 0), "layer_05", 4, seed=0) as batches:
         next(batches)

@@ -1,4 +1,4 @@
-"""Workers that write and seal one cache at the same time: manifest, commits and chunks agree, whose turn it ever is."""
+"""Workers write and seal one cache at the same time. In every order of steps, manifest, commits and chunks agree."""
 
 import math
 import shutil
@@ -29,24 +29,30 @@ STEPS_IN_A_STORE = ("put", "get", "head", "list", "delete")
 
 
 class Turns:
-    """Lets two workers, in threads of their own, take turns: `plan` says who makes how many steps."""
+    """Lets two workers take turns, each in its own thread.
+
+    `plan` is a list of turns: the worker, and the number of its steps.
+    """
 
     def __init__(self, *plan: tuple[str, float]) -> None:
         self.plan, self.changed, self.worker = list(plan), threading.Condition(), threading.local()
         self.steps = {"first": 0, "second": 0}
 
     def step(self) -> None:
-        """Called by a worker before each of its steps. Others, such as the test, make theirs at any time."""
+        """Wait for the turn of the calling worker; every step of a worker calls this first.
+
+        Other callers, such as the test, do not wait.
+        """
         if (name := getattr(self.worker, "name", None)) is not None:
             with self.changed:
-                if self.plan[0] == (name, 0):  # what followed its last step is done too
+                if self.plan[0] == (name, 0):  # the worker has also finished what followed its last step
                     self._next()
                 self.changed.wait_for(lambda: self.plan[0][0] == name)
                 self.steps[name] += 1
                 self.plan[0] = name, self.plan[0][1] - 1
 
     def whole_step(self, action: Callable[[], Any]) -> Any:
-        """What an action returns that is one step, with all that it calls."""
+        """Run an action, with everything that it calls, as one step, and return its result."""
         if getattr(self.worker, "is_in_step", False):
             return action()
         self.step()
@@ -61,14 +67,14 @@ class Turns:
         self.changed.notify_all()
 
     def run(self, works: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """What the works of the workers return."""
+        """Run the work of each worker in a thread, and return the results."""
         results: dict[str, Any] = {}
 
         def run(name: str) -> None:
             self.worker.name = name
             try:
                 results[name] = works[name]()
-            except DamagedError:  # another worker was replacing what it read
+            except DamagedError:  # another worker was replacing the file that this one read
                 results[name] = False
             finally:
                 with self.changed:
@@ -100,7 +106,7 @@ class Scene:
         return writer
 
     def cache(self) -> Cache:
-        """The cache, of which every record and chunk has been verified."""
+        """Return the cache, after verifying each of its records and chunks."""
         folder = self.folder / "cache"
         if self.store is not None:
             for key, _ in self.store.list():
@@ -112,7 +118,7 @@ class Scene:
 
 
 class SteppedStore:
-    """A store in memory, whose requests are steps."""
+    """A store in memory in which every request is a step."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.store = scene, MemoryStore()
@@ -124,7 +130,7 @@ class SteppedStore:
 
 
 class OneThread:
-    """Stands for a pool of threads, so that the steps of a worker have an order."""
+    """Replaces a pool of threads, so that the steps of a worker have a fixed order."""
 
     def __init__(self, threads: int) -> None: ...
 
@@ -139,7 +145,7 @@ class OneThread:
 
 @pytest.fixture
 def scenes(tmp_path: Path, make_writer, monkeypatch: pytest.MonkeyPatch, where: str) -> Iterator[Callable[[], Scene]]:
-    """scenes() -> a new scene `where` the test says."""
+    """scenes() returns a new scene, on a disk or in a store, as the test's parameter `where` says."""
     current: list[Scene] = []
     monkeypatch.setattr(writer_module, "ThreadPoolExecutor", OneThread)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
@@ -175,9 +181,9 @@ def run(
     norms=(None, None),
     there: Bits | None = None,
 ) -> Turns:
-    """Two workers with these bits take turns; the cache is then whole, and each window is of one of them.
+    """Let two workers with these bits take turns. The cache is whole afterwards, and each window is that of one worker.
 
-    `there` are other layers, of which the cache is complete before.
+    `there` maps the layers that are already complete in the cache to their bits.
     """
     scene, written = scenes(), list(zip(bits, norms, strict=True))
     if there:
@@ -204,16 +210,19 @@ def run(
 
 
 def two_workers(finite_bits, added: str) -> tuple[Bits, Bits]:
-    """Of one layer, with other bytes, as another kind of GPU computes them, or of two layers."""
+    """The bits of two workers: different bits of one layer, as from two kinds of GPUs, or bits of two layers."""
     return {5: finite_bits(ROWS, D, 5)}, {5 if added == "the same layer" else 12: finite_bits(ROWS, D, 6)}
 
 
 def twins(finite_bits) -> tuple[Bits, Bits]:
-    """Of one layer, with the norms and moments of each other: only the lists of their files tell them apart."""
+    """The bits of two workers for one layer, with equal norms and moments.
+
+    The windows can be told apart only by the lists of their files.
+    """
     one = finite_bits(ROWS, D, 5)
     one[::WINDOW, 0] = 0x0000
     other = one.copy()
-    other[::WINDOW, 0] = 0x8000  # the sign of a zero
+    other[::WINDOW, 0] = 0x8000  # only the sign of a zero differs
     return {5: one}, {5: other}
 
 
@@ -233,7 +242,7 @@ ADDED = ("the same layer", "another layer")
 def test_another_worker_writes_and_seals_between_two_steps_of_the_first(
     scenes, finite_bits, write_windows, added: str, complete: list[int], every: int
 ) -> None:
-    """In a new cache, or in one that is complete with another layer: its manifest is replaced."""
+    """The cache is new, or it is complete with another layer and its manifest is replaced."""
     bits, there = two_workers(finite_bits, added), {layer: finite_bits(ROWS, D, layer) for layer in complete}
     steps = run(scenes, write_windows, bits, norms=NORMS, there=there).steps["first"]
     assert steps > 15
@@ -246,7 +255,7 @@ def test_another_worker_writes_and_seals_between_two_steps_of_the_first(
 def test_a_window_that_another_worker_replaces_is_listed_as_it_is_then(
     scenes, finite_bits, write_windows, every: int
 ) -> None:
-    """The first has found that the window is missing, and replaces what the second has committed meanwhile."""
+    """The first worker finds the window missing, and then replaces what the second has committed in the meantime."""
     bits, looked = twins(finite_bits), ("first", 2)
     steps = run(scenes, write_windows, bits, looked, ("second", math.inf)).steps["second"]
     for step in range(steps - 2, steps // 2, -every):  # the second seals

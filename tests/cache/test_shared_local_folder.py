@@ -1,5 +1,7 @@
-"""Several processes, threads and readings in one local folder. Two objects of a folder share nothing but its files, as
-two processes do; most tests take each decision and each pull by hand, at the moment that they are about.
+"""Several processes, threads and readings share one local folder.
+
+Two objects for one folder share nothing but its files, as two processes do. Most tests make each decision and each pull
+by hand, at the moment that they test.
 """
 
 import json
@@ -62,13 +64,13 @@ def address(twenty_chunks: Cache, tmp_path: Path) -> str:
 
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[LocalFolder, LocalFolder]]:
-    """Two processes' objects of one folder, whose threads do nothing."""
+    """Two objects for one folder, as if in two processes, whose threads are not started."""
     monkeypatch.setattr(LocalFolder, "_start_threads", lambda local: None)
     yield LocalFolder(tmp_path / "local"), LocalFolder(tmp_path / "local")
 
 
 def begin(local: LocalFolder, address: str, reads: list[list[int]], chunks: int) -> tuple[StoreCache, ChunkReading]:
-    """Begin to read these chunks, step by step, in a folder with room for so many."""
+    """Begin to read the chunks of `reads`, step by step, in a folder with room for `chunks` chunks."""
     cache = StoreCache(address, local=local)
     uses = np.array([[chunk, step, step] for step, read in enumerate(reads) for chunk in read])
     _, files = cache.stored_files("layer_05")
@@ -79,14 +81,14 @@ def begin(local: LocalFolder, address: str, reads: list[list[int]], chunks: int)
 
 
 def decide(local: LocalFolder):
-    """The number of the chunk to pull now, and its file."""
+    """Decide which chunk to pull now. Returns its number and its file."""
     with local._lock:
         file = local._decide()[0]
     return None if file is None else (int(file.name.rsplit("/c.")[1].split(".")[0]), file)
 
 
 def pull(local: LocalFolder) -> int | None:
-    """Decide once, and pull what was decided."""
+    """Decide once, and pull the chunk that was chosen."""
     if (decided := decide(local)) is None:
         return None
     local._pull(decided[1])
@@ -105,7 +107,7 @@ def read_step(reading: ChunkReading, step: int, chunks: list[int]) -> None:
 def test_a_chunk_that_has_just_arrived_is_kept_before_its_process_looks_again(address: str, pair) -> None:
     a, b = pair
     begin(a, address, [[0]], 2)
-    assert pull(a) == 0  # and a does not decide again
+    assert pull(a) == 0  # a makes no further decision
     _, reading = begin(b, address, [[1], [2]], 2)
     assert pull(b) == 1
     with b._lock:
@@ -126,7 +128,7 @@ def test_a_part_that_is_being_pulled_stays_although_its_reading_has_ended(
         monkeypatch.undo()
         reading.close()
         begin(b, address, [[0]], 2)
-        assert decide(b) is None  # a is about to have it
+        assert decide(b) is None  # a is still pulling it
         return fetch(cache, file)
 
     monkeypatch.setattr(StoreCache, "fetch_chunk", meanwhile)
@@ -142,7 +144,7 @@ def test_no_two_threads_pull_a_chunk_and_no_process_writes_the_part_of_another(a
     decided = decide(a)
     assert decided is not None and decided[0] == 0
     for path in a.folder.rglob("*.part"):
-        path.unlink()  # by somebody who knows nothing of it
+        path.unlink()  # deleted by a program that does not know what it is
     again = decide(a)
     assert again is not None and again[0] == 1
     assert a._part("x") != b._part("x")
@@ -211,7 +213,7 @@ def test_statements_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
         assert list(b.others().values()) == [Statement(frozenset({"one"}))]
     path = tmp_path / "local" / f".reader-{a.owner}.json"
     before = path.stat()
-    path.write_text(json.dumps([["two"], [], 0]))  # the same file, and the clock has not moved
+    path.write_text(json.dumps([["two"], [], 0]))  # the same file with the same modification time
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with b.mutex():
         assert list(b.others().values()) == [Statement(frozenset({"two"}))]

@@ -1,4 +1,7 @@
-"""A cache in an object store: the same rows, statistics and text as from its folder, through a bounded local folder."""
+"""A cache in an object store gives the same rows, statistics and text as its folder.
+
+Its files pass through a local folder of limited size.
+"""
 
 from pathlib import Path
 

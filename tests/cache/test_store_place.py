@@ -28,7 +28,7 @@ def store(bucket: str) -> ObjectStore:
 
 @pytest.fixture
 def worker(store: ObjectStore, tmp_path: Path, tiny_cache: Cache, make_writer):
-    """worker(name, {layer: bits}) -> the writer of a machine, which has fetched what there is and begun."""
+    """worker(name, {layer: bits}) returns the writer of a machine, which has fetched the existing files and begun."""
 
     def begin(name: str, bits: dict[int, np.ndarray]) -> CacheWriter:
         folder = tmp_path / name
@@ -52,7 +52,7 @@ def assert_whole(store: ObjectStore, layers: list[int]) -> Cache:
 def test_two_machines_at_one_window_leave_the_objects_of_one(
     store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch, step: str, other: str
 ) -> None:
-    """The second commits all windows before a step of the first, whose GPU may compute other bytes."""
+    """The second machine commits all windows before a step of the first. Their GPUs may compute different bytes."""
     first = {5: finite_bits(ROWS, D, 5)}
     second = first if other == "the same bytes" else {5: finite_bits(ROWS, D, 6)}
     writer, original = worker("first", first), getattr(StorePlace, step)
@@ -74,7 +74,7 @@ def test_two_machines_at_one_window_leave_the_objects_of_one(
 def test_layers_that_are_sealed_at_once_are_both_there(
     store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """The second seals layer 12 before the manifest of the first, or between its manifest and its zarr.json."""
+    """The second machine seals layer 12 before the manifest of the first, or between its manifest and its zarr.json."""
     bits = {5: finite_bits(ROWS, D, 5), 12: finite_bits(ROWS, D, 12)}
     writer, original = worker("first", {5: bits[5]}), getattr(StorePlace, step)
     write_windows(writer, {5: bits[5]}, [0, 1, 2])
@@ -83,7 +83,7 @@ def test_layers_that_are_sealed_at_once_are_both_there(
         monkeypatch.setattr(StorePlace, step, original)
         second = worker("second", {12: bits[12]})
         if step == "_seal_root":
-            second.place.fetch()  # on another machine it would know of the first's manifest
+            second.place.fetch()  # fetches the manifest of the first, as another machine would
             second = CacheWriter(second.folder, second.identity, second.layout, second.widths, second.place)
         write_windows(second, {12: bits[12]}, [0, 1, 2])
         assert second.seal()
@@ -98,7 +98,7 @@ def test_layers_that_are_sealed_at_once_are_both_there(
 def test_sealing_again_writes_nothing(
     store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no listing shows what there is: commits are asked for by name."""
+    """This also holds if no listing shows the objects, because commits are looked up by name."""
     bits = {5: finite_bits(ROWS, D, 5)}
     writer = worker("first", bits)
     write_windows(writer, bits, [0, 2])
@@ -128,7 +128,7 @@ def test_a_store_that_never_keeps_still_ends_in_a_sentence(
 def test_what_proves_others_comes_after_them(
     worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens, then the record of them, then zarr.json; chunks, then the commit; the manifest, then zarr.json again."""
+    """The order is tokens, their record, zarr.json; chunks, their commit; the manifest, and zarr.json again."""
     written, bits = [], {5: finite_bits(ROWS, D, 5)}
     for name in ("put", "put_if_absent", "replace"):
         original = getattr(ObjectStore, name)
@@ -154,7 +154,7 @@ def test_what_proves_others_comes_after_them(
 
 @pytest.fixture
 def other_tokens(store: ObjectStore, tmp_path: Path, tiny_cache: Cache, make_writer, finite_bits):
-    """other_tokens() -> the writer of a machine whose tokenizer cut the same text otherwise."""
+    """other_tokens() returns the writer of a machine whose tokenizer splits the same text into other tokens."""
 
     def begin() -> CacheWriter:
         local = make_writer(folder := tmp_path / "other", {5: finite_bits(ROWS, D, 5)}, 16)
@@ -174,7 +174,7 @@ def contents(store: ObjectStore) -> dict[str, bytes]:
 def test_a_machine_with_other_tokens_is_refused_and_changes_nothing(
     store: ObjectStore, worker, other_tokens, finite_bits
 ) -> None:
-    """It began to cut the text when nothing was there."""
+    """The machine began to cut the text when the store was still empty."""
     worker("first", {5: finite_bits(ROWS, D, 5)})
     before = contents(store)
     with pytest.raises(
@@ -200,7 +200,8 @@ def test_a_machine_with_other_tokens_is_refused_while_those_of_another_are_uploa
             before = contents(store)
             with pytest.raises(UsageError, match="A harvest with other options or other tokens is starting at"):
                 other_tokens().place.begin()
-            assert before.items() <= contents(store).items()  # others of its files arrive meanwhile
+            # further files of the first machine may arrive in the meantime
+            assert before.items() <= contents(store).items()
         return real(self, key, content)
 
     monkeypatch.setattr(ObjectStore, write, interrupted)
@@ -214,7 +215,7 @@ def test_a_machine_with_other_tokens_is_refused_while_those_of_another_are_uploa
 def test_a_machine_with_other_tokens_that_comes_between_two_steps_is_refused(
     store: ObjectStore, worker, other_tokens, finite_bits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looked for zarr.json when there was none, and the first has begun before it could say that it begins."""
+    """The machine found no zarr.json, but the first machine began before it could claim the address."""
     claim = StorePlace._claim_address
 
     def late(self: StorePlace, ours: Path) -> bytes | None:
@@ -260,7 +261,7 @@ def test_a_working_folder_with_the_tokens_of_another_cache_gets_those_of_the_sto
 ) -> None:
     worker("first", {5: finite_bits(ROWS, D, 5)})
     folder = tmp_path / "second"
-    make_writer(folder, {5: finite_bits(2 * ROWS, D, 5)}, 16)  # of a cache that was there before
+    make_writer(folder, {5: finite_bits(2 * ROWS, D, 5)}, 16)  # the tokens of an earlier cache
     StorePlace(store, folder).fetch()
     for path in (tmp_path / "first" / "tokens").rglob("*"):
         if path.is_file():
@@ -334,7 +335,7 @@ def test_a_harvest_that_another_task_begins_meanwhile_is_no_other_object(
 
 
 def test_a_claim_that_was_removed_is_not_made_again_by_renewing_it(store: ObjectStore, tmp_path: Path) -> None:
-    """The text is cut: another task, which took this one for dead, has removed all claims."""
+    """Another task took this one for dead, cut the text and removed all claims."""
     for place in (StorePlace(store, tmp_path), FolderPlace(tmp_path)):
         file, record = claim_file(1), {"owner": "process 1", "task": "1", "beat": 8}
         assert place.create_claim(file, record)

@@ -1,4 +1,4 @@
-"""`sae cache` on an address: what it prints, finds and mends is what it is for a folder."""
+"""`sae cache` prints, finds and repairs the same at an address as in a folder."""
 
 import threading
 from functools import partial
@@ -96,7 +96,7 @@ def test_a_web_server_is_asked_for_each_file(tiny_cache: Cache) -> None:
     ],
 )
 def test_damage_is_found_at_its_address(stored: ObjectStore, key: str, command: str, message: str) -> None:
-    open_cache(stored.url)  # what the local folder holds from before proves nothing
+    open_cache(stored.url)  # intact copies in the local folder must not hide the damage
     if key.startswith("-"):
         stored.delete([key[1:]])
     else:
@@ -166,7 +166,7 @@ def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
 def test_a_deletion_that_is_killed_is_finished_by_the_next(
     stored: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the first object on it is no cache, and until the last one it is recognized as what is left of one."""
+    """After the first deletion the address holds no cache, but its remains are recognized until the last deletion."""
     before, delete = objects(stored), ObjectStore._delete
 
     class Killed(BaseException):
@@ -190,14 +190,14 @@ def test_a_deletion_that_is_killed_is_finished_by_the_next(
             remove_stored_cache(stored)
         there = objects(stored).keys()
         assert len(there) == len(before) - number and "zarr.json" not in there and "harvest.json" in there
-        if len(there) == 1:  # nothing would delete what is left on this machine once the last object is gone
+        if len(there) == 1:  # once the last object is gone, nothing would delete files that are left on this machine
             assert {path.name for path in working_folder(stored.url).parent.rglob("*") if path.is_file()} == {".lock"}
         remove_stored_cache(stored)
         assert not objects(stored) and not working_folders(stored.url)
 
 
 def test_other_programs_read_the_same_address(stored: ObjectStore, tiny_cache: Cache, s3_endpoint: str) -> None:
-    """zarr-python through obstore, and tensorstore with its own client; neither knows of this package."""
+    """zarr-python reads through obstore, and tensorstore through its own client; neither uses this package."""
     import numpy as np
     import tensorstore
     import zarr

@@ -91,7 +91,7 @@ def test_temporary_files_of_a_killed_writer_do_not_count_as_other_files(tmp_path
 def test_a_harvest_that_another_worker_begins_meanwhile_is_no_other_file(
     tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Both look into an empty folder; then the other one writes its metadata, before or after this one reads it."""
+    """Both workers find an empty folder, and the other one writes its metadata before or after this one reads it."""
     folder, read = tmp_path / "new", writer.read_fingerprint
     folder.mkdir()
 
@@ -136,7 +136,7 @@ def test_a_commit_stays_removed_when_the_power_fails(cache: Cache, monkeypatch: 
 
 
 def test_a_committed_window_is_left_alone(cache: Cache, finite_bits, make_writer, write_windows) -> None:
-    """A worker that comes back late brings other bytes, as another GPU would; layer 19 is new."""
+    """A late worker brings different bytes of layer 5, as another GPU would compute them, and a new layer 19."""
     late = {5: finite_bits(ROWS, D, 50), 12: finite_bits(ROWS, D, 12), 19: finite_bits(ROWS, D, 19)}
     before = {p: p.stat().st_mtime_ns for name in ("layer_05", "commits") for p in (cache.folder / name).iterdir()}
     writer = make_writer(cache.folder, late, 16)
@@ -215,7 +215,7 @@ def test_sealing_twice_changes_nothing_and_needs_every_window(
 def test_a_layer_that_is_completed_during_sealing_is_sealed_too(
     tmp_path: Path, finite_bits, make_writer, write_windows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the slower of two workers would write a manifest without the layer that the other has sealed."""
+    """Otherwise the slower of two workers would write a manifest without the layer that the other one has sealed."""
     bits = {5: finite_bits(ROWS, D), 12: finite_bits(ROWS, D, 12)}
     writer = make_writer(tmp_path / "c", {5: bits[5]}, 16)
     write_windows(writer, {5: bits[5]}, [0, 1, 2])
@@ -273,7 +273,7 @@ def test_a_full_disk_raises_and_leaves_no_temporary_file(
         nonlocal room
         if room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        count = os_write(descriptor, data[: min(room, 100)])  # os.write may write less than it is given
+        count = os_write(descriptor, data[: min(room, 100)])  # os.write may write fewer bytes than it is given
         room -= count
         return count
 
@@ -289,7 +289,7 @@ def test_a_full_disk_raises_and_leaves_no_temporary_file(
 
 
 def test_a_window_whose_file_is_lost_is_not_sealed(cache: Cache, finite_bits, make_writer, write_windows) -> None:
-    """The manifest still lists what was there; once the window is written with other bytes, it lists those."""
+    """The manifest lists the lost file until the window is written with other bytes, and then the new file."""
     bits = {layer: finite_bits(ROWS, D, layer) for layer in (5, 12)}
     writer = make_writer(cache.folder, bits, 16)
     assert writer.seal()
