@@ -151,7 +151,7 @@ def test_a_ring_of_an_older_version_masks_nothing_until_it_starts_again(harveste
 
 
 def test_the_digest_of_a_ring_with_the_default_limit_is_that_of_an_older_version(tmp_path: Path) -> None:
-    """So a streamed run that an older version began is resumed."""
+    """A streamed run that an older version began is therefore resumed."""
     ring = masked_ring(tmp_path)
     assert ring.max_norm == 10.0
     assert ring.array_digest("layer_05") == digest_of([ring.fingerprint, "layer_05", 2])

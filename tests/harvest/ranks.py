@@ -1,4 +1,7 @@
-"""Real processes of a harvest, forked so that they need not import torch: ranks without a launcher, and shares."""
+"""Run a harvest in several processes, as ranks without a launcher or as shares.
+
+The processes are forked, so that they need not import torch.
+"""
 
 import json
 import multiprocessing
@@ -21,14 +24,14 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Kill(NamedTuple):
-    """When a process kills itself, among all files to which it gives names; see `die_at`."""
+    """The moment at which a process kills itself, by the number of the file that it names; see `die_at`."""
 
     moment: str
     number: int
 
 
 def harvest_noted(options: dict[str, Any], environment: dict[str, str], note: Path, kill: Kill | None) -> None:
-    """Harvest in this process, and write down what it committed, its world size, and how it ended."""
+    """Harvest in this process, and note the windows that it committed, its world size, and how it ended."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     heartbeat.PATIENCE, heartbeat.BEAT = 2.0, 0.2
@@ -65,7 +68,7 @@ class Started:
         self.process.start()
 
     def end(self) -> dict[str, Any]:
-        """What it wrote down, and its exit code, once it has ended."""
+        """Wait until the process has ended. Returns its notes and its exit code."""
         self.process.join(120)
         noted = json.loads(self.note.read_text()) if self.note.exists() else {}
         self.note.unlink(missing_ok=True)
@@ -73,7 +76,7 @@ class Started:
 
 
 def start_ranks(options: list[dict[str, Any]], notes: Path, kills: dict[int, Kill] | None = None) -> list[Started]:
-    """One rank for each of these options, as srun starts them: with an address in the environment and no launcher."""
+    """Start one rank for each of these options as srun does: with an address in the environment and no launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -96,7 +96,7 @@ def test_a_cache_with_an_adapter_is_another_and_evaluation_merges_it_again(
     merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().eval()
     evaluated = make_context(cache)
     torch.testing.assert_close(evaluated.model.model(IDS).logits, merged(IDS).logits)
-    # So neither results nor what was computed of the plain model are taken for it.
+    # The settings list the adapters, so neither results nor values computed for the plain model are reused here.
     assert evaluated.settings["adapters"] == cache.identity["model"]["adapters"]
     assert "adapters" not in make_context(plain).settings
     moved = home / "elsewhere"
@@ -152,7 +152,7 @@ def test_what_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path, monkey
 
 
 def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
-    """transformers would load the model that adapter_config.json names in its place."""
+    """transformers would load the model that adapter_config.json names, not the one in the folder."""
     both = shutil.copytree(tiny_model, tmp_path / "both")
     shutil.copy(adapter / "adapter_config.json", both)
     with pytest.raises(UsageError, match="both holds a PEFT adapter .* move adapter_config.json out of it"):
@@ -161,7 +161,7 @@ def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tiny_model: Path, ada
         find_model(str(adapter))
     shutil.copy(adapter / WEIGHTS, both)
     source, config = find_model(str(tiny_model))
-    with pytest.raises(UsageError, match="both holds a PEFT adapter"):  # as a repository of the Hub is found
+    with pytest.raises(UsageError, match="both holds a PEFT adapter"):  # as if it had come from the Hub
         load_trunk(replace(source, location=str(both)), config, 0, **SETTINGS)
 
 

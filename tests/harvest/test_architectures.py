@@ -1,4 +1,4 @@
-"""What can be read from a model is planned from its configuration, with little memory, and refused with a reason."""
+"""What can be read from a model is planned from its configuration, with little memory. Anything else gives a reason."""
 
 from typing import Any
 
@@ -93,13 +93,13 @@ def test_the_numbers_of_a_module_outside_the_blocks_belong_to_one_layer() -> Non
 def test_an_expert_that_sees_some_of_the_tokens_is_rejected() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = CONFIG_MAPPING["mixtral"](**sizes, num_key_value_heads=2, num_local_experts=4, intermediate_size=16)
-    check_sites(config, [Hook(1, "mlp.gate.input")])  # the router reads every token, as (N S, d)
+    check_sites(config, [Hook(1, "mlp.gate.input")])  # the router reads every token; its input has shape (N S, d)
     with pytest.raises(UsageError, match="has no mlp_hidden of layer 1: the MLP does not end in one linear map"):
         check_sites(config, [Hook(1, "mlp_hidden")])
 
 
 def test_a_block_too_large_for_the_memory_is_probed_with_smaller_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mixture with 180 GB of experts in a block: the names and the widths are those of the whole model."""
+    """The experts of one block take 180 GB, but the names and widths found are those of the whole model."""
     config = CONFIG_MAPPING["mixtral"](
         vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         num_local_experts=256, intermediate_size=1_000_000,
@@ -128,7 +128,7 @@ def test_a_wide_dense_block_keeps_its_widths(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_the_probed_block_of_a_deep_model_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSeek's blocks are dense at first and then mixtures; the first mixture is probed alone."""
+    """DeepSeek's first blocks are dense and the others are mixtures; the first mixture is probed alone."""
     built: list[set[int]] = []
     randomize = architectures.randomize
 
@@ -175,7 +175,7 @@ def test_other_models_read_contexts_of_any_length(kind: str) -> None:
 
 
 def test_a_gemma_4_with_inputs_for_each_layer_is_loaded_whole() -> None:
-    """They are in one embedding for all blocks, so the first blocks cannot be built alone."""
+    """One embedding holds these inputs for all blocks, so the first blocks cannot be built alone."""
     sizes = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0,

@@ -29,7 +29,7 @@ TALK = [
 
 
 def written(tokenizer: Any, messages: list[dict[str, Any]], role: str) -> list[str]:
-    """What the encoder marks, as text: a string for each run of marked tokens."""
+    """The text that the encoder marks, one string for each run of marked tokens."""
     ids, marks = ChatEncoder(tokenizer, (role,)).encode(Conversation(messages))
     edges = np.flatnonzero(np.diff([0, *marks, 0]))
     return [tokenizer.decode(ids[first:last]) for first, last in zip(edges[::2], edges[1::2], strict=True)]
@@ -40,7 +40,7 @@ ENDS = {"marked": "<|im_end|>", "smollm2": "<|im_end|>", "llama-3": "<|eot_id|>"
 
 @pytest.mark.parametrize(("shape", "end"), ENDS.items())
 def test_the_assistant_wrote_its_content_and_the_end_of_its_turn(shape: str, end: str) -> None:
-    """By generation marks ("marked"), and by rendering the beginnings of the conversation."""
+    """The tokens are found by generation marks ("marked"), or by rendering beginnings of the conversation."""
     tokenizer = make_tokenizer(shape)
     assert written(tokenizer, TALK, "assistant") == [f"read their books{end}", f"quietly in june{end}"]
     assert written(tokenizer, TALK, "user") == ["seven zebras", "assistant"]
@@ -135,7 +135,7 @@ def test_a_template_that_is_not_valid_is_refused_at_once() -> None:
     with pytest.raises(UsageError, match="chat template of this tokenizer is not valid Jinja: .*Correct it"):
         ChatEncoder(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('Begin with a system message') }}"
-    assert ChatEncoder(tokenizer).template == tokenizer.chat_template  # it can render other conversations
+    assert ChatEncoder(tokenizer).template == tokenizer.chat_template  # the template can render other conversations
 
 
 # --- whole harvests -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Of several tasks one cuts the text of a harvest; a task that is slow or dead is replaced."""
+"""One of several tasks cuts the text of a harvest, and a task that is slow or dead is replaced."""
 
 import time
 from pathlib import Path
@@ -20,14 +20,14 @@ from .written import files_of
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still; its time is the only entry."""
+    """A clock that stands still. The only entry of the list is its time."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
 def waited(task: TextClaim, clock: list[float], seconds: float) -> str | None:
-    """What a task gets that looks every second for so long."""
+    """Let a task try to take a claim every second, for this number of seconds. Returns the claim's file, or None."""
     for _ in range(int(seconds)):
         clock[0] += 1
         if file := task.take():
@@ -56,16 +56,16 @@ def test_an_expired_claim_is_taken_over_and_its_task_notices(tmp_path: Path, clo
         assert other.take() is None and third.take() is None
         assert waited(other, clock, EXPIRY - 1) is None
         later = waited(other, clock, 1)
-        assert later == "tokens/claim-000002.json" and third.take() is None  # the claim that it waits for is new
+        assert later == "tokens/claim-000002.json" and third.take() is None  # the claim that third waits for is new
         check()
-    assert claims(tmp_path) == ["claim-000001.json", "claim-000002.json"]  # the slow one removes nothing
+    assert claims(tmp_path) == ["claim-000001.json", "claim-000002.json"]  # slow does not remove the claims
     with other.held(later) as check:
         check()
     assert claims(tmp_path) == []
 
 
 def test_the_last_claim_is_removed_first(tmp_path: Path, clock: list[float], monkeypatch) -> None:
-    """In a store they are looked for from the first on, so that without it none would be seen."""
+    """A store looks claims up from the first one on, and would not find the others if that one were gone."""
     place, removed = FolderPlace(tmp_path), []
     dead, working = TextClaim(place, "dead"), TextClaim(place, "working")
     assert dead.take() and working.take() is None
@@ -85,7 +85,7 @@ def test_a_claim_that_is_renewed_is_not_taken(tmp_path: Path, clock: list[float]
         for _ in range(3):
             assert waited(waiting, clock, EXPIRY - 1) is None
             before = place.read_claim(file)
-            while place.read_claim(file) == before:  # the thread that renews it runs by the real clock
+            while place.read_claim(file) == before:  # the thread that renews it uses the real clock
                 time.sleep(0.001)
             assert waiting.take() is None
 
@@ -99,7 +99,7 @@ def test_a_damaged_claim_expires(tmp_path: Path, clock: list[float]) -> None:
 
 
 def test_a_task_that_was_stopped_does_not_take_another_one_for_dead(tmp_path: Path, clock: list[float]) -> None:
-    """As on a machine that was suspended: nobody could renew a claim."""
+    """This happens on a machine that was suspended, where no task could renew its claim."""
     working, waiting = TextClaim(FolderPlace(tmp_path), "working"), TextClaim(FolderPlace(tmp_path), "waiting")
     assert working.take() and waiting.take() is None
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_a_task_that_was_stopped_does_not_take_another_one_for_dead(tmp_path: Pa
 def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
     tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes back after another task has taken its claim over, cut the text and harvested its share."""
+    """The task resumes after another task has taken over its claim, cut the text and harvested its share."""
     options: dict[str, Any] = {
         "model": str(tiny_model), "dataset": str(sentences), "layers": 0, "tokens": 600, "context": 32, "window": 256,
         "device": "cpu",
@@ -140,7 +140,10 @@ def test_a_task_that_loses_its_claim_reads_the_text_of_the_other(
 def test_a_task_counts_with_the_windows_of_others(
     tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They do not exist already, and need room too; the last task to begin says what was asked for."""
+    """These windows do not exist yet and need space too.
+
+    harvest.json records the options of the task that began last.
+    """
     said: list[str] = []
     needed: list[float] = []
     options: dict[str, Any] = {
@@ -150,7 +153,8 @@ def test_a_task_counts_with_the_windows_of_others(
     monkeypatch.setattr(HarvestPlan, "check_space", lambda plan, size, per_row: needed.append(size))
     harvest_activations(**options, share="1/2", progress=HarvestProgress(say=said.append))
     assert [sentence.split(",")[0] for sentence in said] == ["Share 1/2 is done. 1 of 3 windows are missing"]
-    assert len(needed) == 2 and needed[0] == needed[1]  # before the text, and before the windows
+    # one check before the text is cut, and one before the windows are computed
+    assert len(needed) == 2 and needed[0] == needed[1]
     harvest_activations(**options, share="2/2", batch_contexts=16)
     assert HARVEST_RECORD.read(tmp_path / "cache/harvest.json")["batch_contexts"] == 16
 
@@ -159,7 +163,7 @@ def test_a_task_counts_with_the_windows_of_others(
 def test_a_text_that_another_task_has_cut_before_the_claim_is_not_cut_again(
     tiny_model: Path, sentences: Path, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch, where: str
 ) -> None:
-    """The other task is done between this one's look at the text and its claim."""
+    """The other task finishes after this one has looked for the text and before it makes its claim."""
     address = tmp_path / "cache" if where == "folder" else f"{request.getfixturevalue('bucket')}/pile"
     options: dict[str, Any] = {
         "model": str(tiny_model), "dataset": str(sentences), "layers": 0, "tokens": 300, "context": 32, "window": 256,
@@ -185,7 +189,7 @@ def test_a_text_that_another_task_has_cut_before_the_claim_is_not_cut_again(
 
 
 class CountedPlace(FolderPlace):
-    """Counts the looks at the claims; the first `failures` renewals fail."""
+    """A folder that counts how often claims are listed, and in which the first `failures` renewals fail."""
 
     looks = failures = renewals = 0
 
@@ -218,14 +222,14 @@ def test_a_claim_that_could_not_be_renewed_is_renewed_later(tmp_path: Path, monk
 
 
 def test_a_claim_that_was_lost_is_not_renewed(tmp_path: Path, monkeypatch) -> None:
-    """The task that took it over has removed it, when the text was cut."""
+    """The task that took over the claim has removed it after cutting the text."""
     monkeypatch.setattr(claim, "RENEW", 0.002)
     place = CountedPlace(tmp_path)
     slow = TextClaim(place, "slow")
     file = slow.take()
     with slow.held(file):
         place.create_claim("tokens/claim-000002.json", {"owner": "other", "task": "1", "beat": 0})
-        place.wait("looks", 3)  # the thread may have been between its look and its renewal
+        place.wait("looks", 3)  # the thread may have been between its look at the claims and its renewal
         (tmp_path / file).unlink()
         place.wait("looks", 3)
         assert claims(tmp_path) == ["claim-000002.json"]

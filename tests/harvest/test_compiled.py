@@ -1,4 +1,4 @@
-"""`sae harvest --compile`. The compiler is torch's tracing without code of its own, so the rows keep their bits."""
+"""`sae harvest --compile`. The compiler only traces and generates no code, so the rows keep their bits."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from sae.harvest.run import run_harvest
 
 @pytest.fixture
 def config(tiny_model: Path, sentences: Path, tmp_path: Path) -> HarvestConfig:
-    """Contexts of different lengths; a block with a hook inside, which stays eager, and one without."""
+    """Contexts of different lengths, a block with a hook inside, which is not compiled, and a block without one."""
     return HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), modules=("model.layers.1.mlp:output",),
         tokens=300, context=16, window=128, held_out=0.1, device="cpu", batch_contexts=4, out=tmp_path / "eager",

@@ -1,4 +1,4 @@
-"""What contexts begin with and which tokens are left out: in the cache, at evaluation, in memory, in the identity."""
+"""The tokens that contexts begin with, and those left out: in the cache, at evaluation, in memory, in the identity."""
 
 import json
 from collections import Counter
@@ -52,7 +52,7 @@ def planned(model: Path, text: Path, **options: Any) -> HarvestPlan:
     return plan_harvest(HarvestConfig(model=str(model), dataset=str(text), **settings | options))
 
 
-# shape, options, first token, tokens that are left out
+# shape, options, first token, tokens left out
 CASES: list[tuple[str, dict[str, Any], str | None, set[str]]] = [
     ("smollm2", {}, "<|endoftext|>", {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}),
     ("smollm2", {"bos": "none"}, None, {"<|im_start|>", "<|im_end|>"}),
@@ -78,7 +78,8 @@ def test_rows_are_those_of_a_mask_made_by_hand(
     for number, (ids, length) in enumerate(zip(harvested.ids, harvested.length, strict=True)):
         tokens = tokenizer.convert_ids_to_tokens(ids[:length].tolist())
         assert first is None or tokens[0] == first
-        assert not {*tokens[1:]} & {*tokenizer.all_special_tokens} or options.get("pack")  # nothing else is put in
+        # no other special token is inserted
+        assert not {*tokens[1:]} & {*tokenizer.all_special_tokens} or options.get("pack")
         expected.update(
             (number, place) for place, token in enumerate(tokens) if place >= from_position and token not in left_out
         )
@@ -88,7 +89,7 @@ def test_rows_are_those_of_a_mask_made_by_hand(
     assert Counter(zip(ctx.tolist(), pos.tolist(), strict=True)) == expected and cache.rows == len(ctx)
     rows = torch.from_numpy(np.concatenate([cache.read_chunk("layer_00", n) for n in range(len(cache.chunk_rows))]))
     model = AutoModelForCausalLM.from_pretrained(models[shape])
-    for context in range(0, len(harvested), 9):  # the model was fed these tokens and no others
+    for context in range(0, len(harvested), 9):  # the model saw exactly these tokens
         ids = torch.from_numpy(harvested.ids[context, : harvested.length[context]].astype(np.int64))
         x_SD = model(ids[None], output_hidden_states=True).hidden_states[1][0]
         mine = np.flatnonzero(ctx == context)
@@ -183,7 +184,10 @@ def test_caches_that_begin_differently_are_not_combined(models: dict, text: Path
 
 
 def begun_by_an_earlier_version(plan: HarvestPlan, folder: Path | None = None) -> Cache:
-    """The cache that an earlier version wrote: special tokens in the text are special, harvest.json has no choice."""
+    """Write a cache as an earlier version did.
+
+    Special tokens in the text are special, and harvest.json does not record the options for special tokens.
+    """
     identity = {key: value for key, value in plan.identity.items() if key != "special_tokens"}
     name = plan.folder.name.rsplit("--", 1)[0]
     folder = folder or plan.folder.with_name(f"{name}--{fingerprint_of(identity)[:8]}")

@@ -1,4 +1,4 @@
-"""Text becomes contexts: BOS first, one document each, with exactly as many rows as requested."""
+"""Text is cut into contexts, each with BOS and one document, and with exactly as many rows as requested."""
 
 import itertools
 from typing import Any
@@ -66,7 +66,7 @@ def test_held_out_documents_come_last_and_are_chosen_by_their_tokens(cut_up, tok
 
 def test_a_document_is_on_the_same_side_as_text_and_as_ids(cut_up, tokenizer) -> None:
     texts = [f"number {n} reads the yellow books" for n in range(100)]
-    tokenised = tokenizer(texts, add_special_tokens=True)["input_ids"]  # with a BOS, which is not the document's
+    tokenised = tokenizer(texts, add_special_tokens=True)["input_ids"]  # with a BOS, which is not part of the document
     as_text, as_ids = cut_up(texts, held_out=0.3), cut_up(tokenised, held_out=0.3)
     assert np.array_equal(as_text.held_out, as_ids.held_out) and np.array_equal(as_text.ids, as_ids.ids)
 
@@ -191,7 +191,8 @@ def test_packed_contexts_have_as_many_rows_as_requested(cut_up, tokenizer: Any, 
 
 def test_packing_fills_contexts(cut_up) -> None:
     assert len(cut_up(["seven zebras"] * 20, context=64)) == 20
-    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]  # 7 each, and two BOS
+    # 20 documents of 7 tokens, and two BOS
+    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]
 
 
 def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:
@@ -203,7 +204,7 @@ def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:
 
 
 def test_what_contexts_begin_with_is_written_by_no_role() -> None:
-    """Also where special tokens are rows."""
+    """This also holds if special tokens are rows."""
     cutter = ContextCutter(ContextFormat(2, ()), 4, 100, pack=True, marked=True)
     cutter.add([5, 6, 7, 8], 0, False, [1, 0, 1, 1])
     cutter.add([9], 1, False, [1])
@@ -222,7 +223,7 @@ def test_what_contexts_begin_with_is_written_by_no_role() -> None:
 def test_rows_are_counted_as_the_mask_counts_them(
     documents: list, bos_id: int | None, skip_positions: int, context: int, tokens: int, pack: bool, marked: bool
 ) -> None:
-    """As many as were asked for, if there are enough, and the same ones."""
+    """There are as many rows as requested, if the documents have enough, and they are those of the mask."""
 
     def cut(tokens: int) -> tuple[int, np.ndarray]:
         form = ContextFormat(bos_id, (1, 2), skip_positions)

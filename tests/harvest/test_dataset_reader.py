@@ -1,4 +1,4 @@
-"""A dataset is read from any file that holds it, to the last row, even over a network that fails."""
+"""A dataset is read to the last row from any file that holds it, even over an unreliable network."""
 
 import gzip
 import json
@@ -201,7 +201,7 @@ def test_network_failures_are_retried(hub, waits, groups: list[int], waited: lis
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503, 400, 404, 409])
 def test_the_hub_is_asked_again_where_waiting_may_help(status: int) -> None:
-    """Timeouts, too many requests, and what is wrong on the Hub's side; not what is wrong with the request."""
+    """Timeouts, rate limits and errors of the Hub are retried; errors in the request are not."""
     assert is_network_error(http(HfHubHTTPError, status)) is (status in (408, 429, 500, 503))
 
 

@@ -218,7 +218,7 @@ def test_rows_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path, read) 
 def test_more_than_a_hundredth_of_unreadable_rows_is_refused(
     tmp_path: Path, read, cut_up, count: int, bad: Sequence[int], refused_at: int | None
 ) -> None:
-    """As soon as there are ten more than that, else at the end."""
+    """The dataset is refused as soon as there are ten more unreadable rows than that, or else at its end."""
     rows = ["3" if n in set(bad) else f'{{"text": "fox {n}"}}' for n in range(count)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     text = read(tmp_path / "a.jsonl")
@@ -252,7 +252,7 @@ def test_an_unreachable_dataset_raises_a_clear_error(read) -> None:
     with pytest.raises(UnavailableError, match="nobody/nothing could not be read.*--dataset python-stdlib") as refused:
         read("nobody/nothing")
     assert refused.value.exit_code == 4
-    assert ". Check the network" in str(refused.value)  # the reason of the library ends in one full stop
+    assert ". Check the network" in str(refused.value)  # the sentence of the library is followed by one full stop
     assert ".." not in str(refused.value)
 
 
@@ -278,7 +278,7 @@ def test_every_harvested_document_is_followed_by_its_spelling_and_none_is_held_o
 
 
 def test_the_embedded_text_continues_from_any_document(read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does its spelling, which is drawn at random."""
+    """The spelling, which is drawn at random, also continues."""
     few = [StdlibDocument(f"source:{n}.py", f"number {n}", held_out=n % 3 == 0) for n in range(9)]
     monkeypatch.setattr("sae.harvest.mini.corpus.stdlib_documents", lambda: iter(few))
     text = read("python-stdlib")
@@ -356,7 +356,7 @@ def test_a_text_that_is_one_has_no_split(tmp_path: Path, tokenizer: Any) -> None
 
 
 def test_docstrings_are_found_in_the_order_of_ast_walk() -> None:
-    """Which decides the text of the embedded corpus, and so what caches of it are."""
+    """The order determines the text of the embedded corpus, and therefore the content of caches of it."""
     modules = [ast, asyncio.tasks, contextlib, functools, traceback, typing]
     for source in [*map(inspect.getsource, modules), NESTED]:
         sections = []
@@ -375,7 +375,7 @@ def test_a_file_has_no_subset(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_section_ends_with_the_paragraph_that_fills_it() -> None:
-    """At 2,000 characters or more, blank lines between paragraphs not counted."""
+    """A section ends when it has 2,000 characters, without the blank lines between paragraphs."""
     a, b, c = "a" * 1000, "b" * 999, "c" * 2000
     assert list(split_paragraphs("\n\n".join([a, b, a, c, b]))) == [f"{a}\n\n{b}\n\n{a}", c, b]
     assert list(split_paragraphs(f"{a}\n\n{b}b\n\n{c}")) == [f"{a}\n\n{b}b", c]

@@ -1,4 +1,4 @@
-"""Special tokens that are spelled out in a text are text, for tokenizers of every kind; other texts are as ever."""
+"""Special tokens spelled out in a text are encoded as text by every kind of tokenizer. Other texts do not change."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def test_gemma_2_mini(tokenizer: Any) -> None:
 
 
 def test_a_file_is_searched_for_special_tokens(read: Any, tmp_path: Path) -> None:
-    """False is certain; large and compressed files count as if they had some."""
+    """False is certain. Large and compressed files count as files with special tokens."""
     contents = {
         "plain.jsonl": ('{"text": "a < b > c"}', False), "spelled.jsonl": ('{"text": "a<bos>"}', True),
         "escaped.jsonl": ('{"text": "a\\u003cbos\\u003e"}', True), "slash.jsonl": ('{"text": "a<\\/s>"}', True),

@@ -1,4 +1,4 @@
-"""Every site of every family of models: benchmarks/families.py has the checks and says what they compare with."""
+"""Every site of every model family. benchmarks/families.py contains the checks and says what they compare."""
 
 import runpy
 from pathlib import Path
@@ -19,7 +19,7 @@ NOT_ADDED = ALL - {"attn_out", "mlp_out", "resid_mid"}  # Granite's and others' 
 ATTENTION_ONLY = RESIDUAL | {"attn_out", "attn_z"}
 MLP_ONLY = RESIDUAL | {"mlp_in", "mlp_hidden", "mlp_out"}
 
-# family -> the sites of each kind of block, written down from transformers' sources
+# family -> the sites of each kind of block, according to the source code of transformers
 EXPECTED: dict[str, list[frozenset[str]]] = {
     **dict.fromkeys(
         ("apertus", "arcee", "biogpt", "bloom", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm4", "gpt2",
@@ -35,7 +35,7 @@ EXPECTED: dict[str, list[frozenset[str]]] = {
     "nemotron_h": [ATTENTION_ONLY, ATTENTION_ONLY, MLP_ONLY, MLP_ONLY - {"mlp_hidden"}],
     "deepseek_v4": [NONE], "gemma3n_text": [NONE],
 }  # fmt: skip
-# Built as others here are, or nearly so: slow.
+# These families are built like others in the table, or nearly so, and their tests are marked slow.
 ALIKE = {
     "bamba", "biogpt", "bloom", "cohere2", "deepseek_v4", "gemma3_text", "gemma4_text", "glm4", "gpt_neo", "lfm2",
     "llama4_text", "mpt", "olmo2", "phi3", "qwen3_moe",

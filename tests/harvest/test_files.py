@@ -76,7 +76,7 @@ def test_a_folder_without_splits_is_train(chosen) -> None:
 def test_a_file_has_the_split_that_its_name_says(
     tmp_path: Path, name: str, splits: list[str], refused: list[str]
 ) -> None:
-    """It is read whole without --split, whatever its name."""
+    """Without --split, the file is read whole, whatever its name."""
     (tmp_path / name).write_text("{}")
     for split in splits:
         assert list_files(tmp_path / name, None, split, print) == [tmp_path / name]
@@ -106,7 +106,7 @@ def test_links_to_folders_are_followed_and_circles_are_not(chosen, tmp_path: Pat
     (tmp_path / "set" / "broken.jsonl").symlink_to(tmp_path / "gone")
     assert list_files(tmp_path / "set", None, "train", print) == [tmp_path / "set" / "train" / "b.jsonl"]
     broken = tmp_path / "set" / "broken.jsonl"
-    assert broken in list_files(tmp_path / "set", None, "all", print)  # so that it is refused
+    assert broken in list_files(tmp_path / "set", None, "all", print)  # it is listed, so that reading it is refused
 
 
 def test_missing_shards_are_said(chosen) -> None:
@@ -125,7 +125,7 @@ def test_files_of_no_split_are_said(chosen) -> None:
     assert len(said) == 1 and "2 files of" in said[0] and "not read, such as deep/extra.jsonl: its name" in said[0]
     del said[:]
     assert len(chosen([], "all", say=said.append)) == 3
-    chosen(["test.jsonl"], "test", say=said.append)  # the files of another split are not worth a word
+    chosen(["test.jsonl"], "test", say=said.append)  # files of another split are not mentioned
     assert len(said) == 1 and "2 files of" in said[0]
 
 

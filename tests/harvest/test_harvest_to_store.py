@@ -1,4 +1,4 @@
-"""A harvest into an object store: the objects are the files of a disk, whatever fails and wherever it goes on."""
+"""A harvest into an object store writes the files of a harvest to disk, whatever fails and wherever it is resumed."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def proxy(s3_endpoint: str, bucket: str, monkeypatch: pytest.MonkeyPatch):
 def test_tasks_that_add_other_layers_at_once_keep_each_other_s_modules(
     options: Options, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """harvest.json of one task arrives between the look of the other and its upload, when it is new and later."""
+    """A task's harvest.json arrives between another task's look and its upload, as a new file or as a replacement."""
     store, find = open_store(f"{bucket}/pile"), ObjectStore.find
     places = [StorePlace(store, tmp_path / str(number)) for number in range(3)]
     request = request_of(plan_harvest(HarvestConfig(**options | {"layers": (0,)}, out=tmp_path / "cache")))
@@ -79,7 +79,7 @@ def test_tasks_that_add_other_layers_at_once_keep_each_other_s_modules(
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
-    """The windows that are computed, with their arrays."""
+    """The windows that are computed, each with the names of its arrays."""
     windows, compute = [], WindowComputer.compute
 
     def record(self, window, buffers):
@@ -117,7 +117,7 @@ def test_the_objects_are_the_files_of_a_disk(options: Options, more: Options, bu
 def test_another_machine_goes_on(
     options: Options, proxy: FaultyProxy, bucket: str, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store refuses everything once three commits of two windows are there; what is committed is not computed."""
+    """The store refuses everything after three commits of two windows. What is committed is not computed again."""
     harvest_activations(**options, out=tmp_path / "disk")
     computed.clear()
 
@@ -164,7 +164,7 @@ def test_a_listing_from_before_decides_nothing(
 def test_layers_that_two_machines_complete_at_once_are_both_there(
     options: Options, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second seals between two steps of the first: before its manifest, and between its manifest and zarr.json."""
+    """The second machine seals before the first writes its manifest, or between its manifest and its zarr.json."""
     harvest_activations(**options, out=tmp_path / "disk")
     for number, step in enumerate(("seal", "_seal_root")):
         url, original = f"{bucket}/pile-{number}", getattr(store_place.StorePlace, step)
@@ -181,7 +181,8 @@ def test_layers_that_two_machines_complete_at_once_are_both_there(
         harvest_activations(**options | {"layers": 0}, out=url)
         objects, disk = objects_of(url), files_of(tmp_path / "disk")
         assert CACHE_RECORD.parse(objects["zarr.json"], url)["attributes"]["complete"] == ["layer_00", "layer_01"]
-        assert {n for n in disk if objects[n] != disk[n]} <= {"harvest.json"}  # whose last request was for one layer
+        # the last request for this cache was for one layer
+        assert {n for n in disk if objects[n] != disk[n]} <= {"harvest.json"}
 
 
 @pytest.mark.slow
@@ -199,7 +200,10 @@ def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, t
 def test_a_store_that_may_not_be_written_is_refused_before_the_work(
     options: Options, proxy: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the text is cut, and where it is cut before a window is computed. What is finished is only read."""
+    """The store is refused before the text is cut or, if it is cut already, before a window is computed.
+
+    A finished cache is only read.
+    """
     options |= {"layers": 0, "tokens": 300}
     for prepared, work in ((False, "sae.harvest.stages.tokenize"), (True, "sae.harvest.stages.load_model_for")):
         if prepared:
@@ -218,7 +222,7 @@ def test_a_store_that_may_not_be_written_is_refused_before_the_work(
 def test_a_small_disk_is_noticed_before_the_harvest(
     options: Options, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the working folder counts: the store has room."""
+    """Only the space for the working folder counts, since the store has room."""
     plan = plan_harvest(HarvestConfig(**options, out=f"{bucket}/pile"))
     local = next(line for line in describe_harvest(plan) if line.startswith("local"))
     assert str(working_folder(f"{bucket}/pile")) in local and "at a time" in local
@@ -226,7 +230,8 @@ def test_a_small_disk_is_noticed_before_the_harvest(
     with pytest.raises(UnavailableError, match="The working folder of the harvest, .* Set SAE_HOME"):
         harvest_activations(**options, out=f"{bucket}/pile")
     monkeypatch.setattr("sae.harvest.store_costs.free_space", lambda folder: plan.working_bytes * 1.03)
-    monkeypatch.setattr("sae.harvest.plan.free_space", lambda folder: 1)  # of what would be a folder on a disk
+    # the free space for a cache on disk does not matter
+    monkeypatch.setattr("sae.harvest.plan.free_space", lambda folder: 1)
     assert harvest_activations(**options, out=f"{bucket}/pile").rows == 900
 
 
@@ -238,7 +243,8 @@ def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, buck
     proxy.requests.clear()
     harvest_activations(**options, out=f"{bucket}/pile")
     methods = [request.method for request in proxy.requests]
-    reads -= 2 * 2 * 4  # the largest rows of four windows are read three times if there are outlier rows, here once
+    # the plan counts three reads of the largest rows of a window, as with outlier rows; here there is one
+    reads -= 2 * 2 * 4
     assert methods.count("PUT") == pytest.approx(writes, rel=0.1)
     assert methods.count("GET") + methods.count("HEAD") == pytest.approx(reads, rel=0.1)
 
@@ -247,7 +253,7 @@ def test_the_plan_counts_the_requests(options: Options, proxy: FaultyProxy, buck
 def test_shares_on_machines_of_their_own_write_the_objects_of_a_disk(
     options: Options, tmp_path: Path, computed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text is cut for one layer; the request of the shares, which are for two, replaces that one."""
+    """The text is cut for one layer, and the request of the shares, for two layers, replaces the request for one."""
     harvest_activations(**options, out=tmp_path / "disk")
     address = f"file://{tmp_path}/store/pile"
     computed.clear()

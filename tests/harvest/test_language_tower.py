@@ -1,4 +1,4 @@
-"""Of a model that also reads images only the language tower is loaded, and its numbers are those of the whole model."""
+"""If a model also reads images, only its language tower is loaded, with the same numbers as in the whole model."""
 
 import json
 from functools import lru_cache
@@ -103,7 +103,7 @@ def hidden_states(model: Any, ids_NS: torch.Tensor) -> Any:
 
 
 def test_the_tower_alone_computes_what_the_whole_model_does(whole: Any, tmp_path: Path) -> None:
-    """Bit for bit, with the file of the other parts missing, and with no memory for them."""
+    """Activations agree bit for bit, although the file of the other parts is missing and they take no memory."""
     _, others = in_shards(whole, tmp_path)
     others.unlink()
     ids_NS = torch.arange(3, 25).reshape(2, 11)
@@ -135,7 +135,7 @@ def test_a_damaged_file_of_other_parts_does_not_matter_and_one_of_the_tower_does
 
 
 def test_no_tensor_of_other_parts_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where all tensors are in one file."""
+    """This also holds if all tensors are in one file."""
     whole = whole_model("qwen2_5_vl")
     whole.save_pretrained(tmp_path)
     read: list[str] = []

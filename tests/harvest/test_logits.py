@@ -1,4 +1,4 @@
-"""Logits of a model in bfloat16: their sums, and what the model does to them, are in float32."""
+"""Logits of a bfloat16 model are summed in float32, and the model's changes to them are computed in float32."""
 
 from pathlib import Path
 
@@ -37,12 +37,16 @@ def test_logits_are_those_of_the_weights_and_not_rounded(bfloat16_model: Languag
     assert logits_NSV.dtype == torch.float32 and logits_NSV.shape == (2, 3, 8192)
     expected_NSV = exact_logits(bfloat16_model, final_NSD)
     assert (logits_NSV - expected_NSV).abs().max() < 1e-5
-    assert (logits_NSV.bfloat16() - expected_NSV).abs().max() > 1e-2  # what the model itself would be off
+    # the error of the logits that the model itself returns
+    assert (logits_NSV.bfloat16() - expected_NSV).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_a_kl_of_logits_that_differ_by_less_than_a_step_of_bfloat16_is_right(bfloat16_model: LanguageModel) -> None:
-    """Two residuals that differ in the last bit of a few dimensions. Rounded logits are mostly the same, or off."""
+    """Two residuals differ in the last bit of a few dimensions.
+
+    Their logits are mostly equal after rounding, or else the rounding error dominates their difference.
+    """
     one_TD = (4 * torch.randn(64, 32, generator=torch.Generator().manual_seed(1))).bfloat16()
     bits_TD = one_TD.view(torch.int16).clone()
     bits_TD[:, :4] += 1
@@ -54,14 +58,14 @@ def test_a_kl_of_logits_that_differ_by_less_than_a_step_of_bfloat16_is_right(bfl
     _, losses = tokens.losses(bfloat16_model, [one_TD, other_TD], 24)
     expected_T = exact_kl(bfloat16_model, one_TD, other_TD)
     torch.testing.assert_close(losses.kl_T.double(), expected_T, rtol=5e-3, atol=1e-6)
-    rounded_T = exact_kl(bfloat16_model, one_TD, other_TD, rounded=True)  # as the model would give them
+    rounded_T = exact_kl(bfloat16_model, one_TD, other_TD, rounded=True)  # from logits as the model itself returns them
     assert (rounded_T - expected_T).abs().mean() > 10 * expected_T.mean() > 1e-5
     expected_ce_T = -exact_logits(bfloat16_model, other_TD).log_softmax(-1)[:, 0]
     torch.testing.assert_close(losses.ce_T.double(), expected_ce_T, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_model(bfloat16_model: LanguageModel) -> None:
-    """As RAVEL's masks need them: in the type of the residual."""
+    """Gradients have the type of the residual, as RAVEL's masks need."""
     final_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     bfloat16_model.unembed(final_TD).logsumexp(-1).sum().backward()
     exact_TD = final_TD.detach().double().requires_grad_()

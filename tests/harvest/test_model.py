@@ -1,4 +1,4 @@
-"""Captured activations equal the hidden states of transformers, and running on from them gives its logits."""
+"""Captured activations equal the hidden states of transformers, and a pass resumed from them gives its logits."""
 
 import errno
 import json
@@ -125,7 +125,7 @@ def test_a_layer_is_the_hidden_state_after_its_block(any_model: LanguageModel, i
 
 
 def test_a_hook_is_named_where_transformers_has_it(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    """Its name leads to a module, whose output or input is what is captured."""
+    """The name of a hook is the path of a module, whose output or input is captured."""
     hooks = [Hook(1, site) for site in SITES if site in any_model.probe(1).sites]
     assert len(hooks) >= len(SITES) - 1  # GPT-NeoX has no resid_mid
     found = any_model.capture_hooks(ids_NS, hooks)
@@ -178,7 +178,7 @@ def test_a_block_with_several_vectors_per_token_is_rejected() -> None:
 
 
 def test_the_sites_of_a_block_add_up(any_model: LanguageModel, ids_NS: Tensor) -> None:
-    """What a block adds is the projected heads and the MLP, each after Gemma's second norm where there is one."""
+    """A block adds its projected heads and the output of its MLP, each after Gemma's second norm if there is one."""
     last = len(any_model.blocks) - 1
     sites = any_model.probe(last)
     hooks = {site: Hook(last, site) for site in SITES if site in sites.sites}
@@ -254,7 +254,7 @@ def hooks_on(model: LanguageModel) -> list[int]:
 
 def test_a_hook_that_does_not_fire_is_an_error(deep: LanguageModel) -> None:
     ids, before = torch.arange(3, 14)[None], hooks_on(deep)
-    deep.config.num_hidden_layers = 2  # transformers then runs the first two and says nothing
+    deep.config.num_hidden_layers = 2  # transformers then runs only the first two blocks, without an error
     try:
         with pytest.raises(SaeError, match=r"blocks.3.hook_resid_post, blocks.4.hook_resid_post did not fire"):
             deep.capture(ids, [1, 3, 4])

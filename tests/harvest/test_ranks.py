@@ -1,4 +1,4 @@
-"""Several processes write the bytes of one: ranks, shares, and either of them killed at any moment."""
+"""Several processes, as ranks or as shares, write the bytes of one process, even if they are killed at any moment."""
 
 import contextlib
 import itertools
@@ -59,7 +59,7 @@ def test_two_ranks_write_the_bytes_of_one_process(options: dict, whole: dict[str
     ended = [process.end() for process in start_ranks([options | {"out": out}] * 2, tmp_path)]
     assert [(one["code"], one["world_size"], one["error"]) for one in ended] == [(0, 2, "")] * 2
     assert [one["windows"] for one in ended] == [list(range(0, WINDOWS, 2)), list(range(1, WINDOWS, 2))]
-    assert files_of(out) == whole  # harvest.json too, and nothing else is left
+    assert files_of(out) == whole  # including harvest.json, and no other file is left
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_two_ranks_write_the_bytes_of_one_process(options: dict, whole: dict[str
 def test_the_command_in_several_processes(
     tiny_model: Path, sentences: Path, tmp_path: Path, launcher: WorkerProcess, count: int
 ) -> None:
-    """Two of them are started by the launcher that people use."""
+    """The two processes are started by torchrun, the usual launcher."""
     words = ["harvest", "--model", tiny_model, "--dataset", sentences, "--layer", 0, "--layer", 1, "--tokens", 3000]
     words = [*map(str, words), "--context", "32", "--window", "256", "--batch-contexts", "8", "--out"]
     one, several = tmp_path / "one", tmp_path / "several"
@@ -85,7 +85,8 @@ def test_the_command_in_several_processes(
     each = -(-WINDOWS // count)
     assert f"ranks    {count} processes on 1 machine: each at most {each} of 12 windows" in told
     assert files_of(one) == files_of(several)
-    assert told.count("done     3,000 rows") == told.count("memory   ") == 1  # the first process speaks for all
+    # only the first process prints these lines
+    assert told.count("done     3,000 rows") == told.count("memory   ") == 1
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_shares_in_any_order_with_one_run_twice(options: dict, whole: dict[str, 
 
 @pytest.mark.slow
 def test_all_shares_at_once_and_one_of_them_twice(options: dict, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """One task cuts the text; the others wait and say for whom."""
+    """One task cuts the text. The others wait and name the process that they wait for."""
     out = tmp_path / "cache"
     numbers = (1, 2, 3, 2)
     started = [
@@ -141,7 +142,7 @@ def test_prepared_text_is_read_by_every_share(options: dict, whole: dict[str, by
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_dead_rank_is_named(options: dict, whole: dict[str, bytes], tmp_path: Path, dead: int) -> None:
-    """Without a launcher that ends them, the others finish their windows and then say who is missing."""
+    """No launcher ends the other ranks, so they finish their windows and then name the rank that is missing."""
     out = tmp_path / "cache"
     ranks = start_ranks([options | {"out": out}] * 3, tmp_path, {dead: Kill("before", 25)})
     ended = [process.end() for process in ranks]
@@ -177,7 +178,9 @@ def test_an_error_of_one_rank_ends_all_of_them(options: dict, tmp_path: Path) ->
     assert [one["error"] for one in ended] == [ended[0]["error"]] * 3 and "is not a folder" in ended[0]["error"]
 
 
-KILLS = [  # the first writes some 20 files of text and metadata; then each has 10 for each of its four windows
+# The first process writes about 20 files of text and metadata. Then each process writes 10 files for each of its four
+# windows.
+KILLS = [
     *((kind, moment, file) for kind in ("ranks", "shares") for moment in ("before", "after")
       for file in (2, 9, 11, 14)),
     *((kind, moment, random.Random(file).randrange(14, 40)) for kind in ("ranks", "shares")
@@ -191,7 +194,7 @@ KILLS = [  # the first writes some 20 files of text and metadata; then each has 
 def test_kills_of_ranks_and_shares(
     options: dict, whole: dict[str, bytes], tmp_path: Path, kind: str, moment: str, file: int
 ) -> None:
-    """Of three processes one is killed, or two; then the command goes on with another number of them."""
+    """One or two of three processes are killed. A different number of ranks, or the killed shares, then continue."""
     out, rng = tmp_path / "cache", random.Random(f"{kind} {moment} {file}")
     victims = {victim: Kill(moment, file) for victim in rng.sample(range(3), rng.choice([1, 2]))}
     if kind == "ranks":
@@ -203,7 +206,7 @@ def test_kills_of_ranks_and_shares(
         ]
     ended = [process.end() for process in first]
     died = [victim for victim in victims if ended[victim]["code"] == -9]
-    assert died or moment == "later"  # where rank 0 dies first, another that was to die ends with an error
+    assert died or moment == "later"  # if rank 0 dies first, another rank that was to be killed ends with an error
     if kind == "ranks":
         again = start_ranks([options | {"out": out}] * rng.choice([1, 2, 4]), tmp_path)
     else:
@@ -272,14 +275,14 @@ def test_launchers_that_start_one_process_are_refused(monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_accelerate_launch(options: dict, tmp_path: Path, launcher: WorkerProcess) -> None:
-    """In the installed version --cpu starts one process, and --multi_gpu as many as it is told, on CPUs too."""
+    """The installed version starts one process with --cpu, and the requested number with --multi_gpu, even on CPUs."""
     launch = ["python", "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     words = ["-m", "sae", "harvest", "--model", options["model"], "--dataset", options["dataset"], "--layer", "0"]
     words += ["--tokens", "3000", "--context", "32", "--window", "256", "--device", "cpu", "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(*flags: str) -> tuple[int, str]:
-        """The exit code and stderr."""
+        """Return the exit code and stderr."""
         command = [*launch, *flags, "--num_processes", "2", *words, str(tmp_path / "cache")]
         code, _, said = launcher("forked_ranks.launch", words=command, folder=tmp_path, environment=environment)
         return code, said
@@ -292,7 +295,7 @@ def test_accelerate_launch(options: dict, tmp_path: Path, launcher: WorkerProces
 
 
 def test_the_record_of_a_request_says_nothing_of_tasks(options: dict, tmp_path: Path) -> None:
-    """A task replaces it only if it asks for something else."""
+    """A task replaces the record only if it requests something else."""
 
     def plan(**more: Any) -> HarvestPlan:
         return plan_harvest(HarvestConfig(**options | more, out=tmp_path))
@@ -305,19 +308,19 @@ def test_the_record_of_a_request_says_nothing_of_tasks(options: dict, tmp_path: 
     HARVEST_RECORD.write(tmp_path / "harvest.json", request_of(one))
     assert request_differs(both) and not request_differs(one)
     HARVEST_RECORD.write(tmp_path / "harvest.json", request_of(both) | {"device": "cuda"})
-    assert not request_differs(both) and not request_differs(one)  # which keeps the layers that are there
+    assert not request_differs(both) and not request_differs(one)  # a new request keeps the layers that are recorded
 
 
 def test_tasks_that_add_other_layers_at_once_keep_each_other_s_modules(
     options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one reads harvest.json while the other is about to replace it."""
+    """One task reads harvest.json while the other is about to replace it."""
     plans = [plan_harvest(HarvestConfig(**options | {"layers": (layer,)}, out=tmp_path)) for layer in (0, 1)]
     write, inside = RecordKind.write, threading.Barrier(2)
 
     def write_together(self: RecordKind, path: Path, content: Any) -> None:
         with contextlib.suppress(threading.BrokenBarrierError):
-            inside.wait(0.3)  # broken where the other one has to wait
+            inside.wait(0.3)  # the barrier breaks if the other task has to wait
         write(self, path, content)
 
     def record(plan: HarvestPlan) -> None:

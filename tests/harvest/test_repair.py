@@ -79,7 +79,7 @@ FILES = [
 
 
 DAMAGES = (delete, cut_off, flip)
-# Each file in one way, and activations in every way, are quick.
+# The quick tests damage each file in one way, and one file of activations in every way.
 DAMAGED_FILES = [
     pytest.param(damage, file, marks=() if file == FILES[0] or (m + n) % 3 == 0 else pytest.mark.slow)
     for m, damage in enumerate(DAMAGES)
@@ -115,7 +115,7 @@ def other_tokens(request_: HarvestConfig, tmp_path_factory: pytest.TempPathFacto
 def test_the_tokens_of_another_cache_are_replaced(
     whole: Cache, folder: Path, request_: HarvestConfig, other_tokens: Path, lost: list[str]
 ) -> None:
-    """A harvest refuses them and says what to do, which works."""
+    """A harvest refuses these tokens and says what to do, and that works."""
     shutil.copytree(other_tokens, folder / "tokens", dirs_exist_ok=True)
     for file in lost:  # the manifest lists the tokens too
         (folder / file).unlink()
@@ -129,8 +129,11 @@ def test_the_tokens_of_another_cache_are_replaced(
 
 
 def test_a_harvest_refuses_side_arrays_of_another_window(whole: Cache, folder: Path, request_: HarvestConfig) -> None:
-    """The statistics at its end read what commits list. Deleting the file, as the message says, mends it."""
-    for file in ("manifest.json", "layer_00/c.3.0"):  # half written, as far as the command can see
+    """A harvest ends with statistics that are computed from the files in the commits.
+
+    Deleting the file, as the message says, repairs the cache.
+    """
+    for file in ("manifest.json", "layer_00/c.3.0"):  # to the command, the cache looks half written
         (folder / file).unlink()
     shutil.copyfile(folder / "layer_01.moments/c.1.0.0", folder / "layer_01.moments/c.0.0.0")
     with pytest.raises(DamagedError, match=r"layer_01.moments/c.0.0.0 is not the file .* or delete the file"):
@@ -141,7 +144,7 @@ def test_a_harvest_refuses_side_arrays_of_another_window(whole: Cache, folder: P
 
 
 def test_fill_values_of_earlier_versions_are_replaced(whole: Cache, folder: Path, request_: HarvestConfig) -> None:
-    """They were 0. Such a cache opens, and whoever writes into it records NaN."""
+    """The fill values were 0. Such a cache can be opened, and any writer changes the fill values to NaN."""
     parts = ("", ".row_norm", ".moments")
     floats = {f"{hook.array}{part}/zarr.json" for hook in whole.hooks for part in parts}
     for file in floats:
@@ -167,7 +170,7 @@ RECORDS = [
 
 
 def count_wrong(path: Path) -> None:
-    """Add one to the first number of rows, contexts or windows."""
+    """Add one to the first number of rows, contexts or windows, or to the first dimension of a shape."""
     names = re.compile(r'("(?:rows|contexts|window|shape)": \[?\s*)(\d+)')
     path.write_text(names.sub(lambda found: f"{found[1]}{int(found[2]) + 1}", path.read_text(), count=1))
 
@@ -201,12 +204,12 @@ def test_a_record_is_restored(
     whole: Cache, folder: Path, file: str, damage: Callable[[Path], None], request_: HarvestConfig
 ) -> None:
     damage(folder / file)
-    assert repair(folder) or file == "layer_01/zarr.json"  # which any writer writes again
+    assert repair(folder) or file == "layer_01/zarr.json"  # every writer writes this file again
     assert different(folder, whole.folder) == set()
 
 
 def test_a_cache_of_an_earlier_version_gets_digests(whole: Cache, folder: Path, monkeypatch) -> None:
-    """All records but the ones that no window has to be harvested for; nothing else is written."""
+    """All records get a digest without harvesting a window, and nothing else is written."""
     monkeypatch.setattr(records, "_warned", False)
     for path, _ in record_files(folder):
         path.write_text(re.sub(rf',?\s*"{DIGEST}": "\w*"', "", path.read_text()))
@@ -222,7 +225,7 @@ def test_a_cache_of_an_earlier_version_gets_digests(whole: Cache, folder: Path, 
 
 
 def test_what_is_repaired_reaches_the_store(whole: Cache, folder: Path, home: Path) -> None:
-    """At an address on a mounted file system, which takes no server."""
+    """The address is on a mounted file system, which needs no server."""
     for file in ("layer_01/c.2.0", "tokens/ids/c.0.0"):
         flip(folder / file)
     assert len(repair(f"file://{folder}")) == 2
@@ -254,7 +257,7 @@ def test_a_cache_of_every_split_of_a_folder_is_repaired(request_: HarvestConfig,
 
 
 def test_a_damaged_harvest_json_stays_as_it_is(folder: Path) -> None:
-    """Nothing else records what it says."""
+    """No other file records its content."""
     cut_off(folder / "harvest.json")
     before = bytes_of(folder)
     with pytest.raises(DamagedError, match="harvest.json"):
@@ -272,14 +275,14 @@ def test_everything_at_once(whole: Cache, folder: Path) -> None:
 
 
 def test_different_bytes_are_reported(whole: Cache, folder: Path) -> None:
-    """If a window is not reproduced exactly, all of it is written, so that its rows belong together."""
+    """If a window is not reproduced exactly, all of it is written again, so that its rows belong together."""
     path = folder / "commits/000001.layer_01.json"
     commit = COMMIT_RECORD.read(path)
     commit["files"]["layer_01/c.1.0"]["crc32c"] = "00000000"
     COMMIT_RECORD.write(path, commit)
     (said,) = repair(folder)
     assert said.startswith("window 1 of layer_01 was harvested again as a whole, with different bytes")
-    assert different(folder, whole.folder) == set()  # here it was the record that had changed
+    assert different(folder, whole.folder) == set()  # only the record had been changed
 
 
 def test_a_moved_model_can_be_given(folder: Path, whole: Cache, request_: HarvestConfig, tmp_path: Path) -> None:
@@ -407,7 +410,7 @@ def test_a_removed_cache_is_gone(folder: Path, tmp_path: Path) -> None:
 
 
 def test_repaired_windows_use_the_same_pass_size(request_: HarvestConfig, whole: Cache, folder: Path) -> None:
-    """Bytes can depend on how many contexts are in a pass: a repair takes the number of the window's commit."""
+    """Bytes can depend on the number of contexts in a pass, so repair uses the number in the commit of the window."""
     assert read_json(folder / "commits/000000.layer_00.json")["made_with"]["batch_contexts"] == 4
     HARVEST_RECORD.write(folder / "harvest.json", HARVEST_RECORD.read(folder / "harvest.json") | {"batch_contexts": 1})
     flip(folder / "layer_00/c.0.0")

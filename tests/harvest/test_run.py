@@ -87,8 +87,9 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
         assert len(mine) == len(ids) - 1  # all but BOS
         for layer in (0, 1):
             expected = seen[layer][0, pos[mine].astype(np.int64)].double()
-            # One context alone is another matrix product than 32 of them: float32 noise, then rounding to bfloat16,
-            # half of 2^-7 of the number, or a whole step where the noise crosses a border.
+            # A context alone uses other matrix products than 32 contexts do, which adds float32 noise. Rounding to
+            # bfloat16 then adds half of 2^-7 of the number, or a whole step where the noise crosses a rounding
+            # boundary.
             assert torch.allclose(rows[layer][mine], expected, rtol=2**-7, atol=1e-4)
     for handle in handles:
         handle.remove()
@@ -104,7 +105,7 @@ def test_every_kept_position_is_one_row(tiny_cache: Cache) -> None:
 
 
 def test_row_ctx_is_an_index_into_the_stored_tokens(tiny_cache: Cache) -> None:
-    """So a reader that does not know about held-out contexts finds the same token."""
+    """A reader that does not know about held-out contexts therefore finds the same token."""
     stored = tiny_cache.read_chunk("tokens/ids", 0)
     ctx, pos = origins(tiny_cache)
     assert np.array_equal(stored[ctx, pos], tiny_cache.contexts(held_out=False).ids[ctx, pos])
@@ -177,7 +178,7 @@ def test_a_compressed_harvest_holds_the_same_rows(small: tuple[HarvestConfig, Ca
 
 
 def test_running_out_of_memory_halves_the_pass(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
-    """Windows committed before keep their record; from then on the smaller number is recorded."""
+    """Windows that are already committed keep their record. From then on the smaller number is recorded."""
     request, said = replace(small[0], out=tmp_path / "tight"), []
     capture = LanguageModel.capture_hooks
     passes = []
@@ -224,7 +225,7 @@ def test_a_context_that_does_not_fit_is_rejected(
 def test_the_model_never_runs_more_than_a_window_ahead(
     small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch
 ) -> None:
-    """There are two windows of memory: while one waits to be written the next is computed, and no third."""
+    """There is memory for two windows: one waits to be written while the next is computed, and there is no third."""
     request = replace(small[0], window=128, out=tmp_path / "slow")
     second, done = threading.Event(), [0]
     write_window = CacheWriter.write_window
@@ -232,7 +233,7 @@ def test_the_model_never_runs_more_than_a_window_ahead(
     def slow(writer, window, rows, made_with):
         if window == 0:
             assert second.wait(30)
-            time.sleep(0.3)  # a third would be computed by now
+            time.sleep(0.3)  # enough time to compute a third window
             assert done[-1] == 256
         write_window(writer, window, rows, made_with)
 
@@ -297,7 +298,7 @@ def test_a_plan_looks_at_no_window_by_itself(small, tmp_path: Path, monkeypatch,
 
 
 def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], again: HarvestConfig) -> None:
-    """A finished cache, other statistics, a new site, and a half written cache; sizes are of what is left."""
+    """A finished cache, other statistics, a new site and a half-written cache. Sizes count what is left to write."""
     request, cache = small
     plan = plan_harvest(request)
     said = f"cache    {cache.folder} is finished: it holds layer 0, layer 1, 600 rows; "
@@ -309,7 +310,7 @@ def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], a
     assert describe_harvest(more)[-1] == (
         f"cache    {cache.folder} holds layer 0, layer 1; mlp_out of layer 0 is added: 600 rows to harvest"
     )
-    per_row = 2 * 32 + 4 + 6  # mlp_out and its norm; where the row is from
+    per_row = 2 * 32 + 4 + 6  # mlp_out and its norm, row_ctx and row_pos
     assert more.bytes_to_write == 600 * per_row
     assert any(line.startswith(f"size     600 tokens x {per_row} B = ") for line in describe_harvest(more))
     again.out.joinpath("commits/000001.layer_00.json").unlink()
@@ -322,14 +323,14 @@ def test_a_plan_says_what_the_folder_holds(small: tuple[HarvestConfig, Cache], a
 
 
 def test_the_estimate_is_for_the_blocks_up_to_the_last_hook(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
-    """Layer 1 is the output of the second block: two blocks for each of 600 tokens."""
+    """Layer 1 is the output of the second block, so 600 tokens pass through two blocks."""
     monkeypatch.setattr("sae.harvest.plan.block_seconds_per_token", lambda *_, **__: 0.5)
     for layers, seconds in (((0, 1), 600), ((1,), 600), ((0,), 300)):
         assert plan_harvest(replace(small[0], layers=layers, out=None)).estimated_seconds() == seconds
 
 
 def test_a_long_context_is_timed_without_its_memory(small: tuple[HarvestConfig, Cache], monkeypatch) -> None:
-    """The scores of 65,535 positions would be 34 GB for each of the heads' pairs, however short the documents are."""
+    """The attention scores of 65,535 positions would take 34 GB for each pair of heads, even for short documents."""
     lengths, capture = [], HookedModel.capture
 
     def short(model, ids_NS, layers):
@@ -371,9 +372,8 @@ def test_the_same_harvest_at_another_revision_is_mentioned(small: tuple[HarvestC
     text.write_text(text.read_text() + '{"text": "one more line"}\n')
     told: list[str] = []
     assert plan_harvest(request, told.append).folder != older.folder
-    assert told == [
-        f"{older.folder} is the same harvest at another revision."
-    ]  # an earlier version of a file cannot be restored
+    # An earlier version of a file cannot be restored, so no option for it is named.
+    assert told == [f"{older.folder} is the same harvest at another revision."]
 
 
 def test_tokens_of_a_harvest_that_never_started_are_not_used(
@@ -457,7 +457,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     ) as refused:
         run_harvest(plan_harvest(request))
     assert refused.value.exit_code == 4 and not [p for p in request.out.iterdir() if p.name[0] != "."]
-    # All of a text of unknown length is requested: only after cutting is it known to be too much.
+    # Without --tokens the whole text is requested, and only after cutting is it known to be too much.
     with pytest.raises(UnavailableError, match="would fit"):
         run_harvest(plan_harvest(replace(request, tokens=None, out=tmp_path / "all")))
 
@@ -486,7 +486,7 @@ def interruptible():
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_path: Path, monkeypatch) -> None:
-    """The first waits for the window that is being written; the second does not."""
+    """The first Ctrl-C waits until the window is written; the second does not."""
     request, said = replace(small[0], out=tmp_path / "stopped"), []
     writing, let_go, waited_for = threading.Event(), threading.Event(), threading.Event()
 
@@ -500,7 +500,8 @@ def test_a_second_ctrl_c_stops_at_once(small: tuple[HarvestConfig, Cache], tmp_p
         signal.raise_signal(signal.SIGINT)
 
     def stop(done: int, total: int) -> None:
-        if done > 256 and writing.wait(60):  # the first window is handed over by then, and its thread may begin late
+        # the first window has been handed over by then, but its thread may start late
+        if done > 256 and writing.wait(60):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CacheWriter, "write_window", stuck)
@@ -555,7 +556,8 @@ def test_invalid_options_are_rejected(small: tuple[HarvestConfig, Cache], wrong:
 
 
 def test_modules_that_name_their_layer_need_no_other(small: tuple[HarvestConfig, Cache]) -> None:
-    config = replace(small[0], layers=HarvestConfig.layers, sites=(), out=None)  # of more blocks than it has
+    # the default layers lie beyond this model's blocks
+    config = replace(small[0], layers=HarvestConfig.layers, sites=(), out=None)
     modules = ("model.layers.1.mlp.gate_proj", "model.embed_tokens")
     hooks = plan_harvest(replace(config, modules=modules)).hooks
     assert hooks == [Hook(0, "model.embed_tokens.output"), Hook(1, "mlp.gate_proj.output")]
@@ -564,7 +566,7 @@ def test_modules_that_name_their_layer_need_no_other(small: tuple[HarvestConfig,
 
 
 def test_the_tokenizer_s_own_words_come_back(small: tuple[HarvestConfig, Cache]) -> None:
-    """Text of a row: the words of the sentences, and no others."""
+    """The decoded rows consist of the words of the sentences and nothing else."""
     request, cache = small
     tokenizer = load_tokenizer(find_model(request.model)[0])
     contexts = cache.contexts(held_out=False)

@@ -29,7 +29,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def harvest(tiny_model: Path, sentences: Path, tmp_path: Path) -> Callable[..., Any]:
-    """harvest(**changes of config.json) of a copy of the tiny model, planned, described and run."""
+    """harvest(**changes) plans, describes and runs a harvest with a copy of the tiny model.
+
+    The changes are applied to the config.json of the copy.
+    """
 
     def run(**changes: Any) -> Any:
         folder = tmp_path / "model"
@@ -87,7 +90,7 @@ def test_a_configuration_that_makes_no_sense(
 
 
 def test_the_cause_and_its_type_are_kept() -> None:
-    """So that a fault of our own, should one hide in there, can still be found."""
+    """A bug of this package that is reported this way can therefore still be found."""
     for guard in (translate_load_errors("some/model"), translate_model_errors("some/model")):
         with pytest.raises(SaeError, match=r"boom \(LookupError\)") as refused, guard:
             raise LookupError("boom")
@@ -101,7 +104,7 @@ def test_the_cause_and_its_type_are_kept() -> None:
 
 def test_a_panic_of_the_tokenizers_library_is_a_sentence(tiny_model: Path) -> None:
     class Panic(BaseException):
-        """As pyo3's PanicException is."""
+        """A BaseException, as pyo3's PanicException is."""
 
     with pytest.raises(DamagedError, match=r"tokenizer's files of .* cannot be loaded: index out of range \(Panic\)"):
         with translate_load_errors(str(tiny_model), "tokenizer"):
@@ -110,7 +113,7 @@ def test_a_panic_of_the_tokenizers_library_is_a_sentence(tiny_model: Path) -> No
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "qwen2", "t5"])
 def test_a_tokenizer_whose_files_are_missing_is_refused(tmp_path: Path, model_type: str) -> None:
-    """transformers makes one from config.json alone, which would turn every text into unknown tokens."""
+    """transformers would make a tokenizer from config.json alone, which turns every text into unknown tokens."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     source, _ = find_model(str(tmp_path))
     with pytest.raises(DamagedError, match=r"has only special tokens: its files, such as tokenizer\.json, are missing"):
@@ -168,7 +171,7 @@ def truncate(path: Path, _: Path) -> None:
 
 
 def put_zip_bomb(path: Path, _: Path) -> None:
-    """The same tensors, with an entry that unpacks to 1,000 times its size."""
+    """Write the same tensors, with one entry that unpacks to 1,000 times its size in the file."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     largest = max(entries, key=lambda name: len(entries[name]))
@@ -178,7 +181,10 @@ def put_zip_bomb(path: Path, _: Path) -> None:
 
 
 def put_overlapping_entries(path: Path, _: Path) -> None:
-    """The same tensors, with a directory that lists the largest of them 1,000 times: stored, and together too large."""
+    """Write the same tensors with a directory that lists the largest one 1,000 times.
+
+    The entries are not compressed, and together they are too large.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -211,14 +217,15 @@ def test_a_hostile_or_broken_pickle_of_weights(
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     torch.save(weights, path)
-    load_model(*find_model(str(folder)), dtype="float32", device="cpu")  # as it was saved it is read
+    load_model(*find_model(str(folder)), dtype="float32", device="cpu")  # the saved file can be loaded
     spoil(path, tmp_path / "ran")
     found = find_model(str(folder))
     with pytest.raises(
         DamagedError, match=r"(or damaged|not written by torch|weights of .*model).*[Dd]ow|pickle"
     ) as raised:
         load_model(*found, dtype="float32", device="cpu")
-    if spoil in (put_zip_bomb, put_overlapping_entries):  # by its directory: nothing was unpacked
+    # refused because of the directory, before anything is unpacked
+    if spoil in (put_zip_bomb, put_overlapping_entries):
         assert "was not written by torch: " in str(raised.value)
     assert not (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Running a model again from changed activations is what a plain hook on transformers' model does."""
+"""A pass resumed from changed activations equals a pass of the transformers model with a plain hook."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,9 +62,9 @@ MODULES: dict[str, dict[str, tuple[str, str]]] = {
     "llama": LLAMA, "qwen3": LLAMA, "gemma2": GEMMA2, "gpt2": GPT2, "gpt_neox": GPT_NEOX, "granite": RESID,
     "mixtral": RESID | {"attn_z": LLAMA["attn_z"]}, "cohere2": RESID, "phi": RESID, "olmo2": RESID,
 }  # fmt: skip
-"""Family -> site -> the module whose input or output it is, written down from transformers' sources.
+"""Family -> site -> the module whose input or output it is, according to the source code of transformers.
 
-For resid_mid it is what attention adds to the residual stream.
+For resid_mid, it is the module whose output attention adds to the residual stream.
 """
 OPTIONS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0},
@@ -81,7 +81,10 @@ LAYERS = {"model.embed_tokens.output": 0, "model.wte.output": 0, "model.norm.inp
 
 @lru_cache
 def tiny(kind: str) -> LanguageModel:
-    """Four random blocks of a family, with its unembedding. Norms that do nothing would hide a missing one."""
+    """Build four random blocks of a family, with its unembedding.
+
+    The norms are random too, because the loss of a norm that does nothing would not be noticed.
+    """
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -163,7 +166,7 @@ def test_several_versions_of_the_contexts_run_together(kind: str, site: str, ids
 
 @pytest.mark.parametrize("site", ["resid_post", "resid_mid", "mlp_out"])
 def test_a_pass_up_to_the_hook_runs_the_rest_as_a_whole_pass_does_with_gradients(site: str, ids_NS: Tensor) -> None:
-    """The gradient is that of finite differences, and there is none where the activations ask for none."""
+    """The gradient is that of finite differences, and is computed only if the activations require one."""
     model, hook, ran = tiny("gemma2"), Hook(1, site), []
     whole = model.forward(ids_NS, [hook])
     handle = model.blocks[2].register_forward_hook(lambda *_: ran.append(1))
@@ -210,7 +213,7 @@ def test_what_is_put_in_is_not_changed(kind: str, ids_NS: Tensor) -> None:
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "mlp_hidden"])
 def test_versions_of_the_first_block_s_inside_each_have_their_own_contexts(site: str, ids_NS: Tensor) -> None:
-    """No block can be skipped there, so the model embeds the contexts again."""
+    """No block can be skipped for these sites, so the model embeds the contexts again."""
     model, hook = tiny("llama"), Hook(0, site)
     run = model.forward(ids_NS, [hook])
     versions = [run.activations[hook], 0.5 * run.activations[hook].roll(1, 0)]
@@ -219,7 +222,7 @@ def test_versions_of_the_first_block_s_inside_each_have_their_own_contexts(site:
     torch.testing.assert_close(run.run_from(hook, torch.cat(versions)), torch.cat(alone))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gptj"])  # whose blocks return a tensor, and a tuple
+@pytest.mark.parametrize("kind", ["llama", "gptj"])  # their blocks return a tensor and a tuple
 @pytest.mark.parametrize(("layer", "runs"), [(0, [0, 1, 2, 3]), (2, [2, 3])])
 def test_blocks_before_the_hook_are_not_run_again(kind: str, layer: int, runs: list[int], ids_NS: Tensor) -> None:
     model, ran = tiny(kind), []
@@ -237,7 +240,7 @@ def test_blocks_before_the_hook_are_not_run_again(kind: str, layer: int, runs: l
 
 
 class Remembering(nn.Module):
-    """A projection that adds what the same one of the first block has returned, as layers with shared values do."""
+    """A projection that adds the output of the same projection in the first block, as layers with shared values do."""
 
     def __init__(self, own: nn.Module, memory: dict[str, Tensor], first: bool) -> None:
         super().__init__()

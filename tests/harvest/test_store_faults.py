@@ -1,4 +1,4 @@
-"""A harvest into a store that fails, or whose process is killed, ends in the same objects as the files of a disk."""
+"""A harvest writes the objects of a harvest to disk, even if the store fails or the process is killed."""
 
 import json
 import os
@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 HARVEST = "import json, sys; from sae.harvest.run import harvest_activations as h; h(**json.loads(sys.argv[1]))"
 FAULTS = ["500", "503", "429", "drop", "lost", "half", "short", "slow"] * 3 + ["stale"] * 2
-KILLS = [  # the process dies when it sends this request: before the store is asked, or after; over ten windows
+# The process is killed when it sends this request, before or after the store gets it. The harvest has ten windows.
+KILLS = [
     ("PUT", "tokens/ids/c.0.0", "before"), ("PUT", "tokens/commit.json", "after"), ("PUT", "zarr.json", "after"),
     ("PUT", "layer_00/zarr.json", "before"), ("PUT", "row_ctx/c.1", "after"), ("PUT", "layer_01/c.2.0", "before"),
     ("PUT", "commits/000003.layer_00.json", "before"), ("PUT", "commits/000004.layer_00.json", "after"),
@@ -56,8 +57,9 @@ def test_a_store_that_fails_in_every_way(options: dict[str, Any], proxy: FaultyP
     pending, cut = list(FAULTS), set[str]()
 
     def next_fault(request: Request) -> str | None:
-        """Every fifth request fails, in the first way that is left and fits it. Of records none is cut unnoticed, of
-        chunks none twice.
+        """Let every fifth request fail, in the first way that is left and fits it.
+
+        Only chunks are cut short without notice, and each of them at most once.
         """
         can_be_short = "/c." in request.path and request.path not in cut
         fitting = [fault for fault in pending if fits(fault, request) and (fault != "short" or can_be_short)]
@@ -79,7 +81,7 @@ def test_a_store_that_fails_in_every_way(options: dict[str, Any], proxy: FaultyP
 def test_a_process_that_is_killed_at_any_request(
     options: dict[str, Any], proxy: FaultyProxy, bucket: str, tmp_path: Path, launcher: WorkerProcess
 ) -> None:
-    """Every other start is on another machine, which has nothing. What is committed is not computed again."""
+    """Every second start is on another machine, which has no files. What is committed is not computed again."""
     harvest_activations(**options, out=tmp_path / "disk")
     homes = [tmp_path / f"home-{number}" for number in range(len(KILLS) + 1)]
     for number, (method, key, moment) in enumerate(KILLS):
@@ -95,7 +97,7 @@ def test_a_process_that_is_killed_at_any_request(
                 killed.append(pid[0])
             return ("drop" if moment == "before" else "lost") if killed else None
 
-        with proxy.lock:  # no request is looked at before the process is known
+        with proxy.lock:  # no request is handled before the process id is known
             proxy.schedule = kill
             pid.append(launcher("forked_ranks.start", words=words, folder=home, environment=environ))
         code, _, told = launcher("forked_ranks.finish", pid=pid[0])
@@ -109,7 +111,7 @@ def test_a_process_that_is_killed_at_any_request(
 
 
 def recomputed(proxy: FaultyProxy) -> list[str]:
-    """Chunks of activations that were uploaded after their window's commit was."""
+    """The chunks of activations that were uploaded after the commit of their window."""
     lost = {request for fault, request in proxy.injected if fault == "drop"}
     uploads = [key_of(request) for request in proxy.requests if request.method == "PUT" and request not in lost]
     committed, again = set(), []

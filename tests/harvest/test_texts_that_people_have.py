@@ -1,4 +1,4 @@
-"""Harvests of texts with odd rows, columns and splits: the same bytes as of the text alone."""
+"""Texts with odd rows, columns or splits are harvested to the same bytes as the text alone."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def plan_of(tiny_model: Path) -> Callable[..., HarvestPlan]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """good.jsonl, bad.jsonl with three bad rows among them, and other.jsonl with columns of every type."""
+    """good.jsonl, bad.jsonl, which adds three bad rows, and other.jsonl, which adds columns of every type."""
     folder = tmp_path_factory.mktemp("texts")
     rows = [{"text": f"the fox {n} reads {n % 7} yellow books"} for n in range(400)]
     others = [1, "x", None, [], {"a": 1}, {"b": ["q"]}, 1.5]

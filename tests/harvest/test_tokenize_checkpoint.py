@@ -1,4 +1,4 @@
-"""Killed tokenizing continues from its checkpoint and gives the same contexts as without a kill."""
+"""Tokenizing that was killed continues from its checkpoint and gives the contexts of an uninterrupted run."""
 
 import functools
 import itertools
@@ -39,7 +39,7 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
-    """cut_some(text, pack=...): a thousand rows, with a checkpoint every 150 tokens, in tmp_path / "killed"."""
+    """cut_some(text, pack=...) cuts a thousand rows, with a checkpoint in tmp_path / "killed" every 150 tokens."""
 
     def cut_into(text: Any = DOCUMENTS, checkpoint: TokenizeCheckpoint | None = None, **more: Any) -> Contexts:
         settings = {"held_out": 0.2, "checkpoint_tokens": 150} | more
@@ -52,7 +52,7 @@ def cut_some(cut_up, tmp_path: Path) -> Callable[..., Contexts]:
 
 @pytest.fixture
 def whole(cut_some, tmp_path: Path) -> Callable[..., Contexts]:
-    """whole(pack=...): the same in one go, without a checkpoint."""
+    """whole(pack=...) cuts the same text in one go, without a checkpoint."""
     return lambda **more: cut_some(
         checkpoint=TokenizeCheckpoint(tmp_path / "whole", HERE), checkpoint_tokens=10**9, **more
     )
@@ -94,9 +94,8 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
         gone_on.add(left.state["documents"] if left.state else 0)
         assert same(cut_some(checkpoint=left, pack=pack), expected)
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-    assert len(gone_on) == 8 and all(
-        documents % 5 == 0 for documents in gone_on
-    )  # at each of seven checkpoints, and at none
+    # Runs continued from each of seven checkpoints, and from none.
+    assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -104,9 +103,9 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
 def test_a_kill_at_any_write_of_a_checkpoint(
     same, cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool
 ) -> None:
-    """Each of the fourteen files, killed before or after it was renamed; every run is killed again until it ends."""
+    """A run is killed before or after it renames one of its fourteen files, and is then resumed."""
     expected = whole(pack=pack)
-    for writer in (tokenize_checkpoint, records):  # of a part, and of the state
+    for writer in (tokenize_checkpoint, records):  # the writers of a part and of the state
         for number in range(1, 8):
             calls, write = [], writer.atomic_write
 
@@ -230,7 +229,10 @@ def test_the_checkpoint_of_another_harvest_is_not_used(cut_some, tmp_path: Path)
 def test_a_harvest_killed_while_it_tokenizes(
     tiny_model: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while tokenizing, after the tokens, and once they belong to the cache: the same files, no checkpoint."""
+    """A harvest is killed while tokenizing, after the tokens, or once the cache has them.
+
+    The resumed harvest writes the same files and leaves no checkpoint.
+    """
     request = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0,), tokens=2000, context=32, window=1024, held_out=0.2,
         device="cpu", pack=True, out=tmp_path / "whole",

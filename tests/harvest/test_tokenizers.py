@@ -1,4 +1,4 @@
-"""Tokenizers that are not as usual: with tokens that the model has no embedding for, and written in Python."""
+"""Unusual tokenizers: with tokens that the model has no embedding for, or written in Python."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def plan(model: Path, text: Path, **more: Any) -> HarvestPlan:
 
 @pytest.fixture
 def enlarged(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model, whose tokenizer has two tokens more, and a pad token, without rows of the embedding."""
+    """The tiny model with two added tokens and a pad token, for which its embedding has no rows."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "enlarged"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<zzz>", "<yyy>"])
@@ -73,7 +73,7 @@ def test_a_text_with_such_a_token_is_refused_at_its_first_document(enlarged: Pat
 
 
 def test_a_text_without_such_tokens_is_harvested_as_ever(enlarged: Path, tiny_model: Path, sentences: Path) -> None:
-    """Although padding is one of them: contexts of unequal length are filled up with another token."""
+    """Although the pad token has no embedding, contexts of different lengths can be padded, with another token."""
     whole, own = (harvest_activations(str(m), layers=1, dataset=sentences, **SMALL) for m in (tiny_model, enlarged))
     assert_same_rows(whole, own)
     texts = ["the fox", "a lazy dog reads the yellow books", "call [PAD] here"]
@@ -149,7 +149,7 @@ def test_a_tokenizer_written_in_python_is_harvested(bytes_model: Path, tmp_path:
 
 
 def test_tokens_beyond_the_vocabulary_have_no_text() -> None:
-    """The embedding of such a model has more rows than there are tokens, and ByT5's tokenizer cannot decode them."""
+    """Such a model's embedding has more rows than there are tokens, and ByT5's tokenizer cannot decode the rest."""
     with pytest.raises(ValueError, match="bytes"):
         ByT5Tokenizer().decode([390])
     assert TokenText(ByT5Tokenizer()).text(390) == "" and TokenText(ByT5Tokenizer()).text(100) == "a"
@@ -184,7 +184,7 @@ def test_the_digest_of_a_python_tokenizer_is_that_of_what_it_computes(tmp_path: 
 
 def test_special_tokens_in_a_text_are_cut_before_a_python_tokenizer_sees_them() -> None:
     class Greedy(ByT5Tokenizer):
-        """Finds special tokens in a text whatever it is told."""
+        """A tokenizer that finds special tokens in a text even when it is told not to."""
 
         def __call__(self, texts: Any, split_special_tokens: bool = False, **more: Any) -> Any:
             return super().__call__(texts, split_special_tokens=False, **more)

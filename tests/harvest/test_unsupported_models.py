@@ -1,4 +1,4 @@
-"""A model that transformers cannot load as it is: a sentence says why and what to do."""
+"""For a model that transformers cannot load as it is, one sentence says why and what to do."""
 
 import json
 import shutil

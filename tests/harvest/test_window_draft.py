@@ -1,4 +1,4 @@
-"""An interrupted window is continued, not begun again, and ends in the same bytes."""
+"""An interrupted window is continued, not begun again, and has the same bytes in the end."""
 
 import shutil
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from .written import files_of
 
 
 class Killed(BaseException):
-    """Ends a harvest as kill -9 would: nothing is saved any more."""
+    """Ends a harvest as kill -9 would: nothing more is saved."""
 
 
 @pytest.fixture(scope="module")
 def short(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> HarvestConfig:
-    """300 rows of two layers, fewer than one window of 512, four contexts in a pass."""
+    """A harvest of 300 rows of two layers, less than one window of 512, with four contexts in a pass."""
     return HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=300, context=16, window=512, held_out=0.1,
         device="cpu", batch_contexts=4, out=tmp_path_factory.mktemp("draft") / "whole",
@@ -40,7 +40,7 @@ def whole(short: HarvestConfig) -> Cache:
 
 @pytest.fixture
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """stopping(error, after) -> the sizes of the passes that follow; pass number `after` raises the error."""
+    """stopping(error, after) returns the list of the sizes of later passes; pass number `after` raises the error."""
     capture = LanguageModel.capture_hooks
 
     def stop(error: type[BaseException] | None = None, after: int = 0) -> list[int]:
@@ -59,7 +59,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 
 def harvest(config: HarvestConfig) -> list[str]:
-    """Run a harvest; returns what it says."""
+    """Run a harvest, and return its messages."""
     said: list[str] = []
     run_harvest(plan_harvest(config), HarvestProgress(say=said.append))
     return said
@@ -77,7 +77,7 @@ def test_ctrl_c_saves_what_is_computed(short, whole: Cache, tmp_path: Path, stop
     passes = stopping()
     said = harvest(config)
     assert len(passes) == all_passes - 5 and any("of the 300 rows of window 0 are already computed" in s for s in said)
-    assert files_of(config.out) == files_of(whole.folder)  # so no draft is left
+    assert files_of(config.out) == files_of(whole.folder)  # so there is no draft left
 
 
 def test_a_kill_loses_what_is_younger_than_the_last_part(short, whole, tmp_path: Path, stopping, monkeypatch) -> None:
@@ -90,12 +90,12 @@ def test_a_kill_loses_what_is_younger_than_the_last_part(short, whole, tmp_path:
     passes = stopping()
     harvest(config)
     assert len(passes) == -(-len(whole.contexts(held_out=False)) // 4) - 4
-    assert {p: p.stat().st_mtime_ns for p in tokens} == tokens  # the text is not read again
+    assert {p: p.stat().st_mtime_ns for p in tokens} == tokens  # the text is not cut again
     assert files_of(config.out) == files_of(whole.folder)
 
 
 class LateCopy(DeviceCopy):
-    """Rows arrive with the next pass or when they are waited for, as those of a GPU do."""
+    """The rows arrive with the next pass, or when they are waited for, as if they came from a GPU."""
 
     late = None
 
@@ -184,7 +184,7 @@ def test_a_full_disk_costs_the_draft_not_the_harvest(short, whole, tmp_path: Pat
 
 
 def test_drafts_of_committed_windows_are_removed(short, whole, tmp_path: Path) -> None:
-    """A harvest that is killed right after a commit leaves one."""
+    """A harvest that is killed right after a commit leaves such a draft."""
     config = replace(short, out=tmp_path / "cache")
     harvest(config)
     (config.out / "drafts/000000").mkdir(parents=True)
