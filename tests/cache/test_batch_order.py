@@ -1,4 +1,4 @@
-"""The order of rows: each row at most once per epoch, a pure function of the batch number, and well mixed."""
+"""The order of rows is a pure function of the batch number; each row comes at most once per epoch, well mixed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Batches depend only on their number, whoever reads them and however slowly."""
+"""Batches depend only on their number, not on who reads them or how fast."""
 
 import threading
 import time

@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def folder_of(place: Path, **files: str) -> Path:
-    """A folder with these files; two underscores in a name stand for a slash and one for a dot."""
+    """Make a folder with these files. In a name, two underscores stand for a slash and one for a dot."""
     for name, content in files.items():
         path = place / name.replace("__", "/").replace("_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def folder_of(place: Path, **files: str) -> Path:
 
 
 def sharded(place: Path, *names: str) -> Path:
-    """A folder whose index names these files, each with other bytes."""
+    """Make a folder whose index names these files. Their contents differ."""
     folder = folder_of(place, config_json="{}")
     (folder / INDEX).write_text(json.dumps({"weight_map": {f"w{n}": name for n, name in enumerate(names)}}))
     for name in names:

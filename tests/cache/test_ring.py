@@ -1,4 +1,4 @@
-"""The ring of windows: its groups, its batches, and what it keeps on disk. Streaming itself: tests/workflows."""
+"""The ring of windows: its groups, its batches, and what it keeps on disk. tests/workflows tests streaming itself."""
 
 from pathlib import Path
 

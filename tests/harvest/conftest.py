@@ -1,4 +1,4 @@
-"""Fixtures that the tests of text share: the embedded tokenizer, a reader of sources, a cutter of texts."""
+"""Fixtures for tests that read text: the embedded tokenizer, `read` for sources and `cut_up` for texts."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -40,7 +40,7 @@ def same() -> Callable[[Contexts, Contexts], bool]:
 
 @pytest.fixture
 def cut_up(tokenizer: Any, tmp_path: Path) -> Callable[..., Contexts]:
-    """cut_up(texts, tokens=..., context=...) -> contexts; `texts` may be a Text."""
+    """cut_up(texts, tokens=..., context=...) returns contexts; `texts` may be a TextSource."""
 
     def cut_texts(texts: Any, tokens: int = 10**6, exactly: bool = False, held_out: float = 0.0, **more: Any):
         text = (

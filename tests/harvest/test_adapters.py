@@ -51,7 +51,7 @@ def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_merged_weights_are_those_by_hand_and_by_peft(tiny_model: Path, adapter: Path) -> None:
-    """W + B A alpha / r, and bit for bit what peft's own merge computes."""
+    """The merged weights are W + B A alpha / r, and equal peft's own merge bit for bit."""
     source, config = find_model(str(tiny_model), adapters=[str(adapter)])
     ours = load_model(source, config, **SETTINGS)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager")
@@ -161,7 +161,7 @@ def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tiny_model: Path, ada
         find_model(str(adapter))
     shutil.copy(adapter / WEIGHTS, both)
     source, config = find_model(str(tiny_model))
-    with pytest.raises(UsageError, match="both holds a PEFT adapter"):  # as if it had come from the Hub
+    with pytest.raises(UsageError, match="both holds a PEFT adapter"):  # a model of the Hub is checked only here
         load_trunk(replace(source, location=str(both)), config, 0, **SETTINGS)
 
 

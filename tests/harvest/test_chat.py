@@ -1,4 +1,4 @@
-"""Conversations: the template's tokens are fed, and rows are exactly what the chosen roles wrote."""
+"""The model sees all tokens that the chat template renders; the rows are exactly what the chosen roles wrote."""
 
 import json
 from collections import Counter
@@ -143,7 +143,7 @@ def test_a_template_that_is_not_valid_is_refused_at_once() -> None:
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty conversations, one of them with a system message, and an empty one."""
+    """Forty conversations, one of which has a system message, and an empty conversation."""
     path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
     words = "the quick brown fox jumps over a lazy dog while seven zebras read".split()
     rows = []
@@ -174,7 +174,7 @@ def harvest(model: Path, talks: Path, out: Path, **options: Any) -> tuple[Cache,
     ],
 )
 def test_rows_of_a_cache_are_the_tokens_of_the_assistant(shape: str, pack: bool, talks: Path, tmp_path: Path) -> None:
-    """Compared with conversations that are rendered by hand, message by message."""
+    """The rows are compared with conversations that are rendered by hand, message by message."""
     tokenizer = make_tokenizer(shape)
     model = save_model(tmp_path / "model", tokenizer)
     cache, plan = harvest(model, talks, tmp_path / "cache", roles=("assistant",), pack=pack)

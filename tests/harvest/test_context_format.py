@@ -139,7 +139,7 @@ def test_entries_are_added_only_where_they_differ_from_earlier_versions(models: 
 
 
 def test_gemma_2_mini_has_the_fingerprint_of_earlier_versions() -> None:
-    """Recomputed from the entries that commit 9a9a639 wrote."""
+    """The fingerprint is recomputed from the entries that commit 9a9a639 wrote."""
     plan = plan_harvest(HarvestConfig(model="gemma-2-mini", layers=(5,), device="cpu"))
     old = {
         "format", "model", "dtype", "attention", "tokenizer", "data", "tokens", "context", "held_out", "skip", "pack",

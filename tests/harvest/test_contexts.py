@@ -132,7 +132,7 @@ def test_documents_that_are_too_long_are_counted_not_read(cut_up, monkeypatch: p
 def packed(
     documents: list[tuple[list[int], bool]], context: int, tokens: int = 10**6
 ) -> list[tuple[list[int], int, bool]]:
-    """(ids, first document, held out) of each context, in the order in which they are cut."""
+    """Return (ids, first document, held out) of each context, in the order in which they are cut."""
     cutter = ContextCutter(FORM, context, tokens, pack=True)
     for number, (body, held_out) in enumerate(documents):
         cutter.add(body, number, held_out)
@@ -191,8 +191,11 @@ def test_packed_contexts_have_as_many_rows_as_requested(cut_up, tokenizer: Any, 
 
 def test_packing_fills_contexts(cut_up) -> None:
     assert len(cut_up(["seven zebras"] * 20, context=64)) == 20
-    # 20 documents of 7 tokens, and two BOS
-    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]
+    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [
+        14,
+        64,
+        64,
+    ]  # 7 each, and two more BOS
 
 
 def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:

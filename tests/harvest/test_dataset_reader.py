@@ -161,7 +161,10 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def hub(tmp_path: Path, read, waits, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
-    """hub(failures, say=...): a dataset of seven row groups; before group n come the `failures` (n, exception)."""
+    """hub(failures, say=...) opens a dataset of seven row groups.
+
+    Each (n, exception) in `failures` raises the exception once, before group n.
+    """
     stream = datasets.load_dataset("parquet", data_files=[str(table(tmp_path))], split="train", streaming=True)
     generate = stream._ex_iterable.generate_tables_fn
 

@@ -299,7 +299,7 @@ def test_repeated_documents_are_never_held_out() -> None:
 
 @pytest.fixture
 def with_subsets(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TextSource]:
-    """with_subsets(subset, names): a dataset with these configurations, the n-th with the n-th row."""
+    """with_subsets(subset, names) opens a dataset with these configurations; number n holds row n."""
 
     def opened(subset: str | None, names: Sequence[str] = ("en", "fr")) -> TextSource:
         folder = tmp_path / "set"

@@ -1,4 +1,4 @@
-"""The files of a folder that are its text: those of the split, as `datasets` and the Hub choose them."""
+"""The files of a folder that are read as text are those of the split, chosen as `datasets` and the Hub choose them."""
 
 import gzip
 import json
@@ -18,7 +18,10 @@ WORDS = ["train", "training", "validation", "valid", "dev", "val", "test", "test
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Callable[..., list[str]]:
-    """chosen(files, split="train", subset=None): the names of the chosen ones of these files; README is a header."""
+    """chosen(files, split="train", subset=None, readme="") returns the files chosen from a folder of these files.
+
+    `readme` is the YAML header of its README.md.
+    """
 
     def choose(files: list[str], split: str = "train", subset: str | None = None, readme: str = "", say=print):
         for name in files:

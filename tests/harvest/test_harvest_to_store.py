@@ -38,7 +38,7 @@ assert torch.distributed.get_world_size() == 2
 
 @pytest.fixture
 def options(tiny_model: Path, sentences: Path) -> Options:
-    """900 rows of both layers in four windows of 256."""
+    """A harvest of 900 rows of both layers, in four windows of 256."""
     return {
         "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 900, "context": 32,
         "window": 256, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
@@ -275,7 +275,7 @@ def test_ranks_write_the_objects_of_a_disk(
     monkeypatch: pytest.MonkeyPatch,
     launcher: WorkerProcess,
 ) -> None:
-    """Those of one machine share a working folder; each machine has its own."""
+    """The ranks of one machine share a working folder; each machine has a working folder of its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which harvest.json records
     harvest_activations(**options, out=tmp_path / "disk")
     with socket.socket() as free:

@@ -62,7 +62,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @lru_cache
 def whole_model(kind: str) -> Any:
-    """A random model of a kind with images and text, every parameter of which matters."""
+    """Build a random model of a kind that reads images and text, in which every parameter matters."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**KINDS[kind])
     config._attn_implementation = "eager"

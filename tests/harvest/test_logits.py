@@ -65,7 +65,7 @@ def test_a_kl_of_logits_that_differ_by_less_than_a_step_of_bfloat16_is_right(bfl
 
 
 def test_gradients_are_those_of_the_model(bfloat16_model: LanguageModel) -> None:
-    """Gradients have the type of the residual, as RAVEL's masks need."""
+    """Gradients have the type of the residual, as RAVEL's masks require."""
     final_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     bfloat16_model.unembed(final_TD).logsumexp(-1).sum().backward()
     exact_TD = final_TD.detach().double().requires_grad_()

@@ -57,7 +57,7 @@ def model(tiny_model: Path) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def deep() -> LanguageModel:
-    """Five random blocks of Llama: another family, and a middle to splice into."""
+    """Five random blocks of Llama, another family with blocks in the middle to splice into."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=5, num_attention_heads=2, bos_token_id=2,
@@ -67,7 +67,7 @@ def deep() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def images() -> LanguageModel:
-    """Three random blocks of a Gemma 3 that also reads images: its decoder is a part of it."""
+    """Three random blocks of a Gemma 3 that also reads images, so that its decoder is only a part of the model."""
     torch.manual_seed(0)
     decoder = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -84,7 +84,7 @@ def images() -> LanguageModel:
 
 @lru_cache
 def tiny(kind: str, **more: Any) -> LanguageModel:
-    """Three random blocks of any family, with its unembedding."""
+    """Build three random blocks of any family, with its unembedding."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -106,7 +106,7 @@ def test_a_side_chunk_of_another_window_is_restored(whole: Cache, folder: Path, 
 
 @pytest.fixture(scope="module")
 def other_tokens(request_: HarvestConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokens/ of a cache of the same text with another seed."""
+    """The folder tokens/ of a cache of the same text with another seed."""
     out = tmp_path_factory.mktemp("other") / "cache"
     return run_harvest(plan_harvest(replace(request_, layers=(0,), seed=1, out=out))).folder / "tokens"
 
@@ -176,7 +176,7 @@ def count_wrong(path: Path) -> None:
 
 
 def count_wrong_unnoticed(path: Path) -> None:
-    """The same in a record of an earlier version, which has no digest."""
+    """Do the same to a record of an earlier version, which has no digest."""
     count_wrong(path)
     path.write_text(re.sub(rf',\s*"{DIGEST}": "\w*"', "", path.read_text()))
 
@@ -327,7 +327,7 @@ def test_a_relative_model_path_is_recorded_as_absolute(
 
 
 def test_the_revisions_of_the_hub_are_recorded(request_: HarvestConfig) -> None:
-    """A name given without a commit is recorded with one, since the Hub may move on."""
+    """A name that is given without a commit is recorded with one, since its content on the Hub may change."""
     here = plan_harvest(request_)
     assert request_of(here)["revision"] is None and request_of(here)["dataset_revision"] is None
     source = ModelSource("google/gemma-2-2b", "google/gemma-2-2b", "c0ffee")

@@ -48,7 +48,7 @@ def origins(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[HarvestConfig, Cache]:
-    """Both layers, 600 rows in windows of 256."""
+    """A harvest of both layers, with 600 rows in windows of 256."""
     request = HarvestConfig(
         model=str(tiny_model), dataset=str(sentences), layers=(0, 1), tokens=600, context=32, window=256, held_out=0.2,
         device="cpu", batch_contexts=8, out=tmp_path_factory.mktemp("small") / "cache",
@@ -58,7 +58,7 @@ def small(tiny_model: Path, sentences: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def again(small: tuple[HarvestConfig, Cache], tmp_path: Path) -> HarvestConfig:
-    """The same harvest, already complete, in a folder of the test's own."""
+    """The harvest of `small`, already complete, in a separate folder for one test."""
     request, cache = small
     return replace(request, out=Path(shutil.copytree(cache.folder, tmp_path / "again")))
 
@@ -291,7 +291,7 @@ def test_a_finished_harvest_takes_no_time(small: tuple[HarvestConfig, Cache]) ->
 
 @pytest.mark.parametrize("share", [None, "2/3"])
 def test_a_plan_looks_at_no_window_by_itself(small, tmp_path: Path, monkeypatch, share: str | None) -> None:
-    """There can be billions of them."""
+    """There can be billions of windows."""
     plan = plan_harvest(replace(small[0], tokens=10**12, window=256, out=tmp_path / "huge", share=share))
     monkeypatch.setattr(Layout, "row_range", lambda *_: pytest.fail("a window was looked at"))
     assert any(" of model time" in line for line in describe_harvest(plan)) and len(plan.windows_of_process) > 10**9

@@ -1,4 +1,4 @@
-"""A model whose files make no sense: every fault is one sentence that names the file, the fault and what to do."""
+"""Models with invalid files: every error is one sentence that names the file, the fault and what to do."""
 
 import json
 import pickle

@@ -34,7 +34,7 @@ KILLS = [
 
 @pytest.fixture
 def options(tiny_model: Path, sentences: Path) -> dict[str, Any]:
-    """1,200 rows of both layers in ten windows."""
+    """A harvest of 1,200 rows of both layers, in ten windows."""
     return {
         "model": str(tiny_model), "dataset": str(sentences), "layers": (0, 1), "tokens": 1200, "context": 32,
         "window": 128, "held_out": 0.1, "device": "cpu", "batch_contexts": 8,
