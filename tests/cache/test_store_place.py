@@ -28,7 +28,7 @@ def store(bucket: str) -> ObjectStore:
 
 @pytest.fixture
 def worker(store: ObjectStore, tmp_path: Path, tiny_cache: Cache, make_writer):
-    """worker(name, {layer: bits}) returns the writer of a machine, which has fetched the existing files and begun."""
+    """worker(name, {layer: bits}) returns the writer of a machine that has begun to harvest into the store."""
 
     def begin(name: str, bits: dict[int, np.ndarray]) -> CacheWriter:
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""What can be read from a model is planned from its configuration, with little memory. Anything else gives a reason."""
+"""Hooks are planned from a model's configuration alone, with little memory, or refused with a reason."""
 
 from typing import Any
 

@@ -186,7 +186,7 @@ def test_caches_that_begin_differently_are_not_combined(models: dict, text: Path
 def begun_by_an_earlier_version(plan: HarvestPlan, folder: Path | None = None) -> Cache:
     """Write a cache as an earlier version did.
 
-    Special tokens in the text are special, and harvest.json does not record the options for special tokens.
+    Special tokens in the text are special, and harvest.json lacks the options for BOS, skipped tokens and chats.
     """
     identity = {key: value for key, value in plan.identity.items() if key != "special_tokens"}
     name = plan.folder.name.rsplit("--", 1)[0]

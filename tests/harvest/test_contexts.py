@@ -191,11 +191,8 @@ def test_packed_contexts_have_as_many_rows_as_requested(cut_up, tokenizer: Any, 
 
 def test_packing_fills_contexts(cut_up) -> None:
     assert len(cut_up(["seven zebras"] * 20, context=64)) == 20
-    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [
-        14,
-        64,
-        64,
-    ]  # 7 each, and two more BOS
+    # Each document has 7 tokens with its BOS, and two contexts begin with another BOS inside a document.
+    assert sorted(cut_up(["seven zebras"] * 20, context=64, pack=True).length) == [14, 64, 64]
 
 
 def test_packing_keeps_held_out_documents_to_themselves(cut_up) -> None:

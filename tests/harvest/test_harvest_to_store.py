@@ -1,4 +1,4 @@
-"""A harvest into an object store writes the files of a harvest to disk, whatever fails and wherever it is resumed."""
+"""A harvest into an object store writes the same files as one to disk, whatever fails and wherever it is resumed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A harvest writes the objects of a harvest to disk, even if the store fails or the process is killed."""
+"""A harvest into a store writes the same files as one to disk, even if the store fails or the process is killed."""
 
 import json
 import os
