@@ -183,7 +183,7 @@ def test_no_credentials_no_endpoint_no_account(bucket: str, monkeypatch: pytest.
 
 
 def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A metadata server that is silent, as in a container on EC2, is not waited for. With credentials it is not asked."""
+    """A silent metadata server, as in a container on EC2, is not waited for. With credentials it is not asked."""
     monkeypatch.setattr(machine_credentials, "SECONDS", 0.05)
     for name in machine_credentials.GIVEN:
         monkeypatch.delenv(name, raising=False)

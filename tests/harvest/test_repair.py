@@ -129,7 +129,7 @@ def test_the_tokens_of_another_cache_are_replaced(
 
 
 def test_a_harvest_refuses_side_arrays_of_another_window(whole: Cache, folder: Path, request_: HarvestConfig) -> None:
-    """A harvest ends with statistics of the files in the commits. Deleting the file, as the message says, repairs it."""
+    """A harvest ends with statistics of the files in the commits. Deleting the file, as the message says, helps."""
     for file in ("manifest.json", "layer_00/c.3.0"):  # to the command, the cache looks half written
         (folder / file).unlink()
     shutil.copyfile(folder / "layer_01.moments/c.1.0.0", folder / "layer_01.moments/c.0.0.0")

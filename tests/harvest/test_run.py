@@ -87,8 +87,8 @@ def test_rows_are_those_of_a_hook_placed_by_hand(tiny_cache: Cache, model: Langu
         assert len(mine) == len(ids) - 1  # all but BOS
         for layer in (0, 1):
             expected = seen[layer][0, pos[mine].astype(np.int64)].double()
-            # One context has other matrix products than 32 contexts, which adds float32 noise. Rounding to bfloat16 adds
-            # half of 2^-7 of the number, or a whole step where the noise crosses a rounding boundary.
+            # One context has other matrix products than 32 contexts; this adds float32 noise. Rounding to bfloat16
+            # adds half of 2^-7 of the number, or a whole step where the noise crosses a rounding boundary.
             assert torch.allclose(rows[layer][mine], expected, rtol=2**-7, atol=1e-4)
     for handle in handles:
         handle.remove()
