@@ -105,6 +105,11 @@ def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
     return statistics.linear_regression(log_n, log_time).slope
 
 
+SHOWN = {
+    "plain": "step without the penalty", "added": "time added by the penalty", "search": "search for pairs",
+}  # fmt: skip
+
+
 def page(widths: Sequence[int], times: Sequence[Times], d_in: int, batch: int, device: str, rounds: int) -> str:
     """The page for benchmarks/results, in Markdown."""
     kinds = {name: [getattr(one, name) for one in times] for name in ("plain", "added", "search")}
@@ -116,8 +121,10 @@ def page(widths: Sequence[int], times: Sequence[Times], d_in: int, batch: int, d
     lines = [
         "# Scaling of selective decorrelation (paper 003) in the width\n",
         f"`python benchmarks/bench_decorrelation_scaling.py`, {date.today()}, {where}.",
-        f"d_in {d_in}, {batch} tokens, {clock}; medians of {rounds} rounds (smallest to largest).\n",
-        "| n | updates per second, plain | with the penalty | ratio of step times | added ms | of which search ms |",
+        f"d_in is {d_in}, and a step has {batch} tokens. Times are {clock}: medians of {rounds} rounds, with the",
+        "smallest and the largest in parentheses.\n",
+        "| n | updates per second without the penalty | with the penalty | ratio of step times | ms added by the "
+        "penalty | of which ms for the search |",
         "|---|---|---|---|---|---|",
     ]
     for n, one in zip(widths, times, strict=True):
@@ -130,7 +137,7 @@ def page(widths: Sequence[int], times: Sequence[Times], d_in: int, batch: int, d
     lines += [
         "\n| time ~ n^p | p over all widths | p between the two largest |",
         "|---|---|---|",
-        *(f"| {name} | {fits[name]:.2f} | {upper[name]:.2f} |" for name in kinds),
+        *(f"| {SHOWN[name]} | {fits[name]:.2f} | {upper[name]:.2f} |" for name in kinds),
         "\nThe paper claims that selecting pairs reduces the complexity from O(n^2) to O(n), p = 1. The gradient "
         "involves only the selected pairs, but finding them requires the correlations of all pairs.",
     ]

@@ -169,8 +169,8 @@ def show(rounds: dict[str, list[dict[str, float]]], needed: float, size: int) ->
         "speed / disk's speed",
         "after ten steps",
         "processor time / disk's",
-        "waited",
-        "pulled",
+        "time spent waiting",
+        "downloaded",
         "requests",
     ]
     print(f"| {' | '.join([*columns, 'most in the folder'])} |\n{'|---' * 8}|")

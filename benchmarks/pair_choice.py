@@ -235,16 +235,23 @@ def decorrelation_overlap(cache: Cache, sizes: Sizes) -> list[str]:
             ratio = float(averaged.norm() / 256 / to_all.norm())
             alike.append(f"| {number + 1} | {' | '.join(f'{c:.3f}' for c in cosines.values())} | {ratio:.3f} |")
             seen = []
-    lines += ["", "The gradient to the latents of one batch:", ""]
     lines += [
-        "| step | cosine with the gradient of all pairs: 1 step | 16 steps | 64 | 256 | ratio of lengths, 256 steps |"
+        "",
+        "The next table compares gradients with respect to the latents of one batch: the gradient of the blocks,",
+        "averaged over 1 to 256 steps, with the gradient of all pairs.",
+        "",
+    ]
+    lines += [
+        "| step | cosine with the gradient of all pairs: 1 step | 16 steps | 64 steps | 256 steps "
+        "| ratio of lengths, 256 steps |"
     ]
     return [*lines, "|---" * 6 + "|", *alike]
 
 
 def competition_overlap(cache: Cache, sizes: Sizes) -> list[str]:
     lines = [
-        "| steps | pairs over tau | penalty over all pairs | share in the table | share compared | estimate / penalty |"
+        "| steps | pairs over tau | penalty over all pairs | share of it in the table | share of it in the compared "
+        "pairs | penalty from the compared pairs / penalty |"
     ]
     lines += ["|---" * 6 + "|"]
     seen: list[tuple[float, ...]] = []
@@ -274,7 +281,16 @@ def competition_overlap(cache: Cache, sizes: Sizes) -> list[str]:
     return lines
 
 
-OVERLAP_OF = {"decorrelation": f"blocks of {BLOCK}", "competition": "an eighth of a table in each step"}
+OVERLAP_OF = {
+    "decorrelation": f"with blocks of {BLOCK} latents",
+    "competition": "that compares an eighth of its table in each step",
+}
+EXPLAINED = {
+    "decorrelation": "R (equation (3) of paper 003), tau (equation (4), the correlation that a pair has to exceed)\n"
+    "and the mean correlation are computed over all pairs.",
+    "competition": "`penalty` is the mean of c <f_i, f_j>^2 over all pairs that exceed tau in equation (5) of paper\n"
+    "002, `pairs` is the number of these pairs, and `c` is their mean c.",
+}
 OVERLAPS = {"decorrelation": decorrelation_overlap, "competition": competition_overlap}
 
 
@@ -292,12 +308,13 @@ def main() -> None:
     cache, sizes = Cache(args.cache), Sizes(args.width, args.steps, args.batch, args.seeds)
     print("# Steps that compare all pairs of latents, and steps that compare some\n")
     print(f"`python benchmarks/pair_choice.py`, {date.today()}, {machine()}.")
-    print(f"{cache.model}, layer 12, {sizes.d_sae} latents, {sizes.steps} steps of {sizes.batch} tokens, ", end="")
-    print(f"{sizes.seeds} seeds.")
+    print(f"SAEs with {sizes.d_sae} latents were trained on layer 12 of {cache.model} for {sizes.steps} steps of")
+    print(f"{sizes.batch} tokens with {sizes.seeds} seeds. Cells with ± are means over the seeds with half-widths of")
+    print("95 % intervals (Student's t).")
     for recipe in args.recipe or CHOICES:
-        print(f"\n## `{recipe}`\n")
+        print(f"\n## `{recipe}`\n\n{EXPLAINED[recipe]}\n")
         print(*runs_table(train_and_measure(cache, recipe, sizes, args.out / recipe)), sep="\n", flush=True)
-        print(f"\nAlong one run with {OVERLAP_OF[recipe]}, means over a quarter of it:\n")
+        print(f"\nThe next table follows one run {OVERLAP_OF[recipe]}. Each row is a mean over a quarter of the run:\n")
         print(*OVERLAPS[recipe](cache, sizes), sep="\n", flush=True)
 
 

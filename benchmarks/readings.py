@@ -5,7 +5,10 @@
 Each system is planned with its options, as in `sae reproduce`, and trained for two steps on random rows of width 32.
 The run is then cut back to its first step, planned again and resumed. "resumes" means that the weights are the same bit
 for bit; "loads" means that the finished SAE is read from its files and reconstructs rows to finite numbers. The sizes,
-rates and decay in the table are those of a run on the papers' model without flags.
+rates and decay in the table are those of a run on the papers' model without flags. In the column `optimizer`, `wd` is
+the weight decay with its form and the parameters to which it applies, `reaches` is the largest share of the learning
+rate that a run reaches if its warm-up is longer than the run, `b_dec` says how this bias is initialized, and the last
+word is the normalization of the input.
 """
 
 import shutil
@@ -172,8 +175,10 @@ def page(checked: Sequence[tuple[Paper, Sequence[Checked]]]) -> Iterator[str]:
     """The table as Markdown."""
     every = [one for _, ones in checked for one in ones]
     whole = sum(one.passed == len(HEADS) for one in every)
-    yield f"# Paper x reading x system\n\n{date.today()}, torch {torch.__version__}, on CPU.\n"
-    yield (__doc__ or "").strip() + "\n"
+    yield "# Checks of every system of the five papers in every reading\n"
+    yield f"{date.today()}, torch {torch.__version__}, on CPU.\n"
+    yield "The script checks that every system of the five papers builds, trains, resumes and loads in every"
+    yield f"[reading](../../docs/how-to/reproduce.md#readings).{(__doc__ or '').partition('.')[2].rstrip()}\n"
     yield f"{whole} of {len(every)} combinations of reading, system and recipe pass all four checks.\n"
     heads = ["paper", "reading", "system", "recipe", "width", "steps x batch", "optimizer", *HEADS]
     yield f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}"

@@ -357,11 +357,11 @@ def write_page(lines: list[str], counts: Counts, seed: int, records: int, second
     harmless = "".join(f", and for {name} ({why})" for name, why in HARMLESS.items())
     page = f"""# Random damage to every record of a cache and its runs
 
-Made by `python benchmarks/record_fuzz.py --seed {seed}` on {today} at commit {commit.strip()}, Python
-{platform.python_version()}, {os.cpu_count()} cores, {seconds:.0f} s. {records} records were damaged
-{counts.seen.total():,} times and read in one process. "Different" is allowed only for records without a digest, as
-earlier versions wrote them{harmless}; exceptions other than an error with a message are never allowed. Outcomes that
-must not occur: {len(counts.bad)}.
+Made by `python benchmarks/record_fuzz.py --seed {seed}` on {today} at commit {commit.strip()} with Python
+{platform.python_version()} on {os.cpu_count()} cores in {seconds:.0f} s. {records} records were damaged
+{counts.seen.total():,} times and read in one process. A read may give other values than those of the undamaged record
+("different") only if the record has no digest, like those that earlier versions wrote{harmless}. Exceptions other than
+an error with a message are never allowed. Outcomes that must not occur: {len(counts.bad)}.
 
 """
     (ROOT / "benchmarks" / "results" / f"{today}-record-fuzz.md").write_text(page + "\n".join(lines))

@@ -78,18 +78,17 @@ def page(constants: Constants, settings: Sequence[str]) -> Iterable[str]:
     yield from ("# Harvests and sweeps on many machines, simulated", "")
     yield f"`python benchmarks/scale.py{options}`, {date.today()}, commit {commit()}."
     yield ""
-    yield "**Every time on this page is simulated: no cluster, GPU or bucket was available.** The constants"
-    yield "at the end of the page"
-    yield "say whether they were looked up, measured on two CPU cores, or assumed. Windows, objects,"
-    yield "requests, the assignment of runs to ranks"
-    yield "and the choice of the chunk to remove from the local cache are computed by the program's own code."
+    yield "**Every time on this page is simulated: no cluster, GPU or bucket was available.** The constants are at the"
+    yield "end of the page, which says for each whether it was looked up, measured on two CPU cores, or assumed. The"
+    yield "program's own code computes the windows, objects and requests, assigns runs to processes, and chooses the"
+    yield "chunk that is removed from the local cache."
     yield from harvest_page(constants)
     yield from sweep_page(constants)
     yield from checks(constants)
     yield from ("", "## Constants", "")
     yield from describe(constants)
     yield ""
-    yield f"The page took {time.process_time() - started:.0f} s of one processor."
+    yield f"Making this page took {time.process_time() - started:.0f} s of processor time."
 
 
 # --- harvests ---------------------------------------------------------------------------------------------------------
@@ -121,8 +120,8 @@ def phases_of(harvest: Harvest) -> dict[str, float]:
 
 
 HARVEST_COLUMNS = (
-    "", "cut the text", "start, read the text", "list commits", "until the last commit", "seal", "whole",
-    "model's share",
+    "tokens and nodes", "cutting the text", "starting and reading the text", "listing commits", "until the last commit",
+    "sealing", "whole harvest", "the model's share of it",
 )  # fmt: skip
 
 
@@ -130,11 +129,11 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     whole = Harvest(constants=constants)
     layout = whole.layout
     yield from ("", "## A harvest: three layers of Gemma-2-2B, 64 nodes of 8 GPUs, into a bucket", "")
-    yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows,"
-    yield f"{len(whole.objects) + len(whole.largest)} objects"
-    yield f"and {format_bytes(whole.window_bytes)} each, {format_bytes(whole.window_bytes * layout.n_windows)} in all."
-    yield "The time that each resource alone needs for the windows of 10 billion tokens:"
-    yield from table("resource", "seconds", "what it is")
+    yield f"10 billion tokens are {layout.n_windows:,} windows of {layout.window_rows:,} rows. Each window has"
+    yield f"{len(whole.objects) + len(whole.largest)} objects and {format_bytes(whole.window_bytes)}, and all windows"
+    yield f"together have {format_bytes(whole.window_bytes * layout.n_windows)}. The table shows the time that each"
+    yield "resource alone needs for the windows of 10 billion tokens:"
+    yield from table("resource", "seconds", "what the resource does")
     explained = {
         "model": "all GPUs compute",
         "writers": "all processes compute statistics and checksums of their windows",
@@ -145,7 +144,7 @@ def harvest_page(constants: Constants) -> Iterable[str]:
     for name, seconds in whole.bounds.items():
         yield row(name, f"{seconds:,.0f}", explained[name])
     asking = replace(whole, way=SHARES).bounds["asking"]
-    yield row("asking, `--share`", f"{asking:,.0f}", "the same by 512 tasks")
+    yield row("asking, `--share`", f"{asking:,.0f}", "the store lists every commit for 512 tasks")
     yield from table(*HARVEST_COLUMNS)
     for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
         nodes = {10_000_000: 1, 100_000_000: 8}.get(tokens, 64)
@@ -155,16 +154,16 @@ def harvest_page(constants: Constants) -> Iterable[str]:
         "10 billion as 16 caches of 4 nodes each", replace(whole, tokens=625_000_000, nodes=4, constants=parts)
     )
     yield ""
-    yield "`until the last commit` includes the start, the text and listing. Each cache of the last row cuts"
-    yield "its own text"
-    yield "and has a sixteenth of the store's requests; training reads several caches as one (`--cache A --cache B`)."
+    yield "The time `until the last commit` includes starting, reading the text and listing commits. In the last row,"
+    yield "each of the 16 caches cuts its own text and gets a sixteenth of the store's requests. Training reads"
+    yield "several caches as one (`--cache A --cache B`)."
     yield ""
     phases = phases_of(whole)
     slowest = sorted(phases, key=lambda name: -phases[name])
     named = [f"{name} ({format_duration(phases[name])})" for name in slowest]
-    yield f"10 billion tokens are limited by {named[0]}, then by {named[1]} and {named[2]}: work that one process does"
-    yield "alone, or that every process does for all windows. Computing and sending the windows takes minutes. Several"
-    yield "smaller caches avoid this limit."
+    yield f"A harvest of 10 billion tokens is limited by {named[0]}, then by {named[1]} and by {named[2]}. This is work"
+    yield "that one process does alone, or that every process does for all windows. Computing and sending the windows"
+    yield "takes minutes. Several smaller caches avoid this limit."
     yield from harvest_failures(whole)
     yield from bad_choices(whole)
     yield from memory(whole)
@@ -172,14 +171,14 @@ def harvest_page(constants: Constants) -> Iterable[str]:
 
 def harvest_failures(whole: Harvest) -> Iterable[str]:
     yield from ("", "### Failures", "")
-    yield "64 nodes. Under one launcher (`torchrun`), all processes end when one is lost; tasks of"
-    yield "an array job"
-    yield "(`--share`) end alone. One node fails halfway to the last commit; means of 5"
-    yield "seeds. The last"
-    yield "column is the share of the time that is lost if a node fails every hour."
+    yield "The harvest runs on 64 nodes. Under one launcher (`torchrun`, `ranks`), all processes end when one is lost."
+    yield "In an array job (`--share`, `shares`), only the lost tasks end. One node fails halfway to the last commit;"
+    yield "the values are means of 5 seeds. The last column is the share of the time that is lost if a node fails"
+    yield "every hour."
     yield from table(
-        "tokens", "", "until the last commit", "delay by one failure", "windows computed again", "one failure per hour"
-    )
+        "tokens", "started as", "until the last commit", "delay by one failure", "windows computed again",
+        "time lost at one failure per hour",
+    )  # fmt: skip
     for tokens in (1_000_000_000, 10_000_000_000):
         for way, name in ((RANKS, "ranks"), (SHARES, "shares")):
             quiet = replace(whole.constants, node_failures=0)
@@ -197,15 +196,16 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
             )
     published = whole.constants.node_failures * whole.nodes
     yield ""
-    yield f"64 nodes fail once in {1 / published:.0f} hours by the published rate."
+    yield f"At the published rate, 64 nodes have one failure in {1 / published:.0f} hours."
     yield ""
-    yield "The cost of losing one process, by the size of windows (for a billion tokens): the windows in"
-    yield "memory, which"
-    yield "are computed again, and the start. All 512 processes pay it under one launcher, and 8 under `--share`."
+    yield "The next table shows the cost of losing one process for several sizes of windows and a billion tokens: the"
+    yield "windows in memory are computed again, and the process starts again. All 512 processes have this cost under"
+    yield "one launcher, and 8 processes under `--share`."
     one = replace(whole, tokens=1_000_000_000)
     yield from table(
-        "rows of a window", "computing one", "computed again, mean", "start again", "memory of two windows"
-    )
+        "rows of a window", "time to compute one window", "mean time to compute lost windows again",
+        "time to start again", "memory of two windows",
+    )  # fmt: skip
     for window in (65_536, 262_144, 1_048_576, 4_194_304):
         harvest = replace(one, window=window)
         seconds, c = window * harvest.token_seconds, harvest.constants
@@ -219,8 +219,9 @@ def harvest_failures(whole: Harvest) -> Iterable[str]:
 def bad_choices(whole: Harvest) -> Iterable[str]:
     one = replace(whole, tokens=1_000_000_000, way=SHARES)
     yield from ("", "### Choices", "")
-    yield "A billion tokens on 512 GPUs, `--share i/n` unless stated otherwise; seconds until the last commit."
-    yield from table("choice", "seconds", "against 512 shares")
+    yield "The table shows the seconds until the last commit for a billion tokens on 512 GPUs, with `--share i/n`"
+    yield "unless stated otherwise."
+    yield from table("choice", "seconds", "seconds / those of 512 shares")
     base = mean(run_harvests(one), lambda r: r.windows_seconds)
     for name, harvest in {
         "512 shares": one,
@@ -240,12 +241,13 @@ def bad_choices(whole: Harvest) -> Iterable[str]:
 
 def memory(whole: Harvest) -> Iterable[str]:
     yield from ("", "### Memory and requests that grow with the cache", "")
-    yield "Every process keeps the contexts in memory (4 x 128 + 50 bytes for 127 rows each) and two"
-    yield "windows. The process"
-    yield "that seals keeps the norms of an array, and needs memory to sort them. The last two columns are the requests"
-    yield "of every process at its start,"
-    yield "and of the process that seals:"
-    yield from table("tokens", "contexts", "of 8 processes", "two windows", "to seal", "listings", "reads to seal")
+    yield "Every process keeps the contexts (4 x 128 + 50 bytes for every 127 rows) and two windows in memory. The"
+    yield "process that seals also keeps the norms of an array, and needs memory to sort them. The last two columns"
+    yield "are requests: `listings` are those of every process when it starts, and `reads to seal` those of the"
+    yield "process that seals."
+    yield from table(
+        "tokens", "contexts", "contexts of 8 processes", "two windows", "memory to seal", "listings", "reads to seal"
+    )
     for tokens in (10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000):
         harvest = replace(whole, tokens=tokens)
         contexts = tokens / 127 * (4 * 128 + 50)
@@ -261,16 +263,16 @@ def memory(whole: Harvest) -> Iterable[str]:
 def sweep_page(constants: Constants) -> Iterable[str]:
     whole = Sweep(constants=constants)
     yield from ("", "## A sweep: 600 runs from a bucket", "")
-    yield f"Forty recipes, five seeds, layers 5, 12 and 19: {len(whole.works)} runs of 18,432 latents, one epoch of 100"
-    yield f"million tokens ({whole.steps:,} steps of 4,096), {format_bytes(3 * whole.layer_bytes)} in the"
-    yield "bucket, 8 GPUs per"
-    yield "node. `efficiency` is the share of all GPUs' time that is spent in steps, and `waiting` the share"
-    yield "spent waiting for chunks. One GPU alone"
-    yield f"would train for {format_duration(sum(work.seconds for work in whole.works))}, and the longest run takes "
+    yield f"The sweep has forty recipes with five seeds each on layers 5, 12 and 19: {len(whole.works)} runs of 18,432"
+    yield f"latents. Each run trains for one epoch of 100 million tokens ({whole.steps:,} steps of 4,096). The bucket"
+    yield f"holds {format_bytes(3 * whole.layer_bytes)}, and a node has 8 GPUs. `efficiency` is the share of all GPUs'"
+    yield "time that is spent in steps, and `waiting` the share spent waiting for chunks. One GPU alone would train"
+    yield f"for {format_duration(sum(work.seconds for work in whole.works))}. The longest run takes"
     yield f"{format_duration(max(work.seconds for work in whole.works))}, which more GPUs cannot shorten."
     yield from table(
-        "GPUs", "local cache of a node", "time", "efficiency", "waiting", "pulled", "pulled by a node", "failures"
-    )
+        "GPUs", "local cache of a node", "time", "efficiency", "waiting", "downloaded", "downloaded by a node",
+        "failures",
+    )  # fmt: skip
     for gpus in (8, 64, 256, 512):
         for local in (200 * GB, TB, 2 * TB):
             result = SweepRun(replace(whole, gpus=gpus, local_cache=local)).run()
@@ -284,9 +286,10 @@ def sweep_page(constants: Constants) -> Iterable[str]:
 
 def link_page(constants: Constants) -> Iterable[str]:
     yield from ("", "### When the link is the bottleneck", "")
-    yield f"One node, layer 12, `topk` ({1e3 * step_seconds()['topk'] / constants.step_share:.1f} ms per step"
-    yield "according to the model):"
-    yield "runs on each of 8 GPUs, and the share of their time in steps, from a bucket with 1 TB of local cache."
+    step_ms = 1e3 * step_seconds()["topk"] / constants.step_share
+    yield f"One node trains `topk` on layer 12; a step takes {step_ms:.1f} ms according to the model. The node reads"
+    yield "from a bucket with 1 TB of local cache. The table shows the share of the GPUs' time that is spent in steps,"
+    yield "for several numbers of runs on each of 8 GPUs and three speeds of the link."
     yield from table("runs on a GPU", "8 GB/s (100 Gbit/s)", "2 GB/s (25 Gbit/s)", "0.8 GB/s (10 Gbit/s)")
     for runs in (1, 2, 4, 8, 16):
         cells = []
@@ -298,8 +301,8 @@ def link_page(constants: Constants) -> Iterable[str]:
             cells.append(f"{SweepRun(sweep).run().efficiency:.1%}")
         yield row(runs, *cells)
     yield ""
-    yield "The processes of a node read the same chunks at the same pace and share them, so a node pulls"
-    yield "its layer once."
+    yield "The processes of a node read the same chunks at the same pace and share them, so a node"
+    yield "downloads its layer once."
     yield f"A run alone reads {4096 * 2 * 2304 / (step_seconds()['topk'] / constants.step_share) / 1e9:.1f} GB/s."
 
 

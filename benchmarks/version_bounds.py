@@ -160,18 +160,21 @@ def page(results: dict[str, dict[str, Any]], pins: list[str]) -> str:
     ]
     for end, result in results.items():
         failed = {name: why for piece in result["tests"].values() for name, why in piece["failed"].items()}
-        lines += ["", f"Failed, {end}:", "", *(f"- `{name}`: {why}" for name, why in failed.items())] if failed else []
+        if failed:
+            lines += ["", f"Failed with the {end} versions:", ""]
+            lines += [f"- `{name}`: {why}" for name, why in failed.items()]
         reasons = Counter(why for piece in result["tests"].values() for why in piece["skipped"])
-        lines += ["", f"Skipped, {end}: " + "; ".join(f"{n} × {why}" for why, n in reasons.most_common()) + "."]
-    lines += ["", f"| declared | {' | '.join(ends)} |", f"|---|{'---|' * len(ends)}"]
+        skipped = "; ".join(f"{n} × {why}" for why, n in reasons.most_common())
+        lines += ["", f"Skipped with the {end} versions: {skipped}."]
+    lines += ["", f"| declared requirement | {' | '.join(ends)} |", f"|---|{'---|' * len(ends)}"]
     pinned = {pin.split("==")[0] for pin in pins}
     for requirement, name in DECLARED.items():
-        shown = f"{requirement} (bound not tried)" if name in pinned else requirement
+        shown = f"{requirement} (lower bound not tested)" if name in pinned else requirement
         lines.append(row(shown, [result["packages"].get(name, "") for result in results.values()]))
     own = {*DECLARED.values(), PROJECT["name"]}
     for end, result in results.items():
         others = (f"{n} {v}" for n, v in sorted(result["packages"].items()) if n not in own)
-        lines += ["", f"Their dependencies, {end}: {', '.join(others)}."]
+        lines += ["", f"Dependencies of these packages, with the {end} versions: {', '.join(others)}."]
     return "\n".join(lines)
 
 

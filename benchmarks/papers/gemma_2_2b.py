@@ -164,17 +164,18 @@ def page(found: Mapping[str, tuple[list[str], dict[str, float]]]) -> str:
     lines = [
         "# The modelled cost of `sae reproduce all` on Gemma-2-2B\n",
         f"`python benchmarks/papers/gemma_2_2b.py`, {date.today()}, commit {commit()}. **Nothing was run.** The",
-        "command is planned from the model's config.json, and times come from the model in",
-        "[step_budget.py](../step_budget.py) for one H200, one step after the other, without evaluation.\n",
+        "command is planned from the model's config.json. Times come from the model in",
+        "[step_budget.py](../step_budget.py) for one H200 on which the steps run one after the other.",
+        "Evaluation is not included.\n",
     ]
     for name, (rows, totals) in found.items():
         lines += [
             f"## {name}\n",
-            f"{totals['tokens']:,.0f} tokens, {totals['activations'] / 1e9:.0f} GB of activations of three layers, "
-            f"{totals['runs']:.0f} SAEs. Harvest {totals['harvest'] / 60:.1f} min, training "
-            f"{totals['training'] / 60:.0f} min.\n",
-            "| paper | SAEs | latents | steps x tokens | most memory of a run, GB | minutes without the others | "
-            "recipes that were modelled |",
+            f"The harvest reads {totals['tokens']:,.0f} tokens, writes {totals['activations'] / 1e9:.0f} GB of "
+            f"activations of three layers, and takes {totals['harvest'] / 60:.1f} min. "
+            f"Training {totals['runs']:.0f} SAEs takes {totals['training'] / 60:.0f} min.\n",
+            "| paper | SAEs | latents | steps x tokens per step | most memory of a run, GB | "
+            "minutes for this paper alone | recipes that were modelled |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",

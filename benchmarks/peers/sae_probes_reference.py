@@ -165,8 +165,8 @@ def compare(python: str, asked: argparse.Namespace) -> None:
         apart = float((peer - own).norm() / own.norm())
         print(f"rows of {len(texts)} texts of {names[0]}: relative difference {apart:.1e}\n")
         print(
-            "| setting | probes | largest AUC difference | accuracy | different latents | sae-probes, s | ours, s | "
-            "ratio |"
+            "| setting | probes | largest AUC difference | largest accuracy difference | different latents | "
+            "sae-probes, s | ours, s | ratio |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for setting, metric in metrics.items():

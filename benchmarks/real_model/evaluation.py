@@ -92,12 +92,12 @@ def parse() -> argparse.Namespace:
 def page(asked: argparse.Namespace, table: str) -> str:
     seeds, numbers = (", ".join(map(str, some)) for some in (asked.seed, asked.dataset))
     about = (
-        f"`python benchmarks/real_model/evaluation.py`: {', '.join(RECIPES)} and the controls {', '.join(CONTROLS)}, "
-        f"whose architecture is batchtopk; seeds {seeds}. Layer {asked.layer}, four times as wide as the model, `--l0 "
-        f"{asked.l0:g}`, {asked.steps:,} steps of 1,024 rows. Absorption on {asked.absorption_words or 'all'} words; "
-        f"sae_probes in its normal setting on {len(asked.dataset)} data sets with up to {asked.max_texts:,} texts each "
-        f"(numbers {numbers}). "
-        f"{machine('transformers', 'scikit-learn')}. {asked.note}"
+        f"`python benchmarks/real_model/evaluation.py` compared {', '.join(RECIPES)} and the controls "
+        f"{', '.join(CONTROLS)}, whose architecture is batchtopk, with seeds {seeds}. The SAEs are at layer "
+        f"{asked.layer}, are four times as wide as the model, and were trained with `--l0 {asked.l0:g}` for "
+        f"{asked.steps:,} steps of 1,024 rows. Absorption was measured on {asked.absorption_words or 'all'} words, "
+        f"and sae_probes in its normal setting on {len(asked.dataset)} data sets with up to {asked.max_texts:,} texts each (numbers {numbers}). "
+        f"Machine: {machine('transformers', 'scikit-learn')}. {asked.note}"
     )
     return f"""# Evaluation on a real model, {date.today().isoformat()}: {LABEL}
 

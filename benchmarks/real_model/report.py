@@ -39,11 +39,15 @@ def markdown(result: dict[str, Any]) -> str:
 
 def introduction(result: dict[str, Any]) -> str:
     return (
-        f"`python benchmarks/real_model/run.py`: {result['tokens']} tokens at layers "
-        f"{' and '.join(map(str, result['layer']))}; SAEs of layer {result['layer'][0]}, four times as wide, `--l0 "
-        f"{result['l0']}`, {result['steps']:,} steps of 1,024 (sinks: {result['sink_tokens']} tokens, "
-        f"{result['sink_steps']:,} steps); evaluated on {result['eval_tokens'] or 'all'} held-out tokens, absorption "
-        f"on {result.get('absorption_words') or 'all'} words. {result['machine']}. {result['note']}".rstrip()
+        f"`python benchmarks/real_model/run.py` harvested {result['tokens']} tokens at layers "
+        f"{' and '.join(map(str, result['layer']))}. SAEs of layer {result['layer'][0]}, four times as wide as the "
+        f"model, were trained with `--l0 {result['l0']}` for {result['steps']:,} steps of 1,024 rows (in the sinks "
+        f"arm: {result['sink_tokens']} tokens, {result['sink_steps']:,} steps). They were evaluated on "
+        f"{result['eval_tokens'] or 'all'} held-out tokens, and absorption on "
+        f"{result.get('absorption_words') or 'all'} words. "
+        'Outlier rows are left out ("masked") unless a heading says "not masked". The arms are described in '
+        "[benchmarks/real_model](../real_model/README.md). "
+        f"Machine: {result['machine']}. {result['note']}".rstrip()
     )
 
 
@@ -71,10 +75,12 @@ def check(result: dict[str, Any]) -> str | None:
     names = list(next(iter(result["check"].values()), {}))
     differing = ", ".join(f"{layer}: {rows}" for layer, rows in (bits or {}).items())
     return (
-        "Largest difference over all runs between `sae evaluate` and transformers with forward hooks.\n\n"
+        "The table shows the largest difference over all runs between the numbers of `sae evaluate` and the same "
+        "numbers computed with transformers and forward hooks.\n\n"
         + table(["arm", *names], lines)
         + (
-            f"\n\nOf 4,096 stored rows, those that differ in any bit from transformers' hidden states: {differing}."
+            f"\n\nOf 4,096 stored rows, the number that differ in any bit from transformers' hidden states: "
+            f"{differing}."
             if bits
             else ""
         )
@@ -96,10 +102,9 @@ def variances(stages: dict[str, Any]) -> str | None:
             tokens = ", ".join(f"`{text!r}` ({count})" for text, count in list(one["outlier_tokens"].items())[:4])
             variance = f"{one['variance_all_rows']:.0f}", f"{one['variance_masked']:.0f}"
             lines.append([arm, layer, *cells, *shares, *variance, where or "none", tokens or "none"])
-    headings = "arm, array, median norm, largest, outlier rows, their share of the variance, top 0.1 % of rows".split(
-        ", "
-    )
-    headings += "variance with outliers, without outliers, positions (rows), tokens (rows)".split(", ")
+    headings = "arm, array, median norm, largest norm, outlier rows, outliers' share of the variance".split(", ")
+    headings += "share of the top 0.1 % of rows, variance with outliers, variance without outliers".split(", ")
+    headings += ["positions of outliers (rows)", "tokens of outliers (rows)"]
     return table(headings, lines) if lines else None
 
 
@@ -121,8 +126,9 @@ def recipes(stages: dict[str, Any], arm: str) -> str | None:
             cells += [format_number(number(absorption[run], "mean", name)) for _, name in ABSORPTION]
         lines.append([run.split("-")[0], *cells])
     headings = ["recipe", *(heading for heading, *_ in NUMBERS)]
-    headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows", "the same, not masked"]
-    headings += ["first examples on outlier rows", "the same, not masked", "first examples in the dashboard"]
+    headings += ["EV, not masked", "corr 99.9 %, not masked", "EV on training rows"]
+    headings += ["EV on training rows, not masked", "share of first examples on outlier rows"]
+    headings += ["the same share, not masked", "the same share in the dashboard"]
     headings += [heading for heading, _ in ABSORPTION] if absorption else []
     return table(headings, lines)
 
@@ -148,12 +154,12 @@ def order(stages: dict[str, Any], arm: str) -> str | None:
         stable, change = found["order"], max(found["order"]["largest_change_of_ev_by_one_row"].values())
         turned = stable["decided_and_turned_by_one_row"]
         lines.append(
-            f"{title}: {found['rows']:,} held-out rows of {found['documents']} documents. One row left out changes the "
-            f"explained variance of a run by at most {change:.4f}. Of {stable['pairs']} pairs of runs and numbers (EV"
-            f"{', KL' if title == 'masked' else ''}), {stable['decided']} have a paired 95 % interval that excludes "
-            f"zero; leaving out one row reverses the order of {len(turned)} of these"
-            f"{': ' + '; '.join(map(say_pair, turned)) if turned else ''}. Near ties: "
-            f"{'; '.join(map(say_pair, stable['near_ties'])) or 'none'}."
+            f"{title}: {found['rows']:,} held-out rows of {found['documents']} documents. Leaving out one row changes "
+            f"the explained variance of a run by at most {change:.4f}. Of {stable['pairs']} differences between two "
+            f"runs in {'a number (EV or KL)' if title == 'masked' else 'EV'}, {stable['decided']} have a paired 95 % "
+            f"interval that excludes zero; leaving out one row reverses the sign of {len(turned)} of these"
+            f"{': ' + '; '.join(map(say_pair, turned)) if turned else ''}. Differences "
+            f"whose interval includes zero: {'; '.join(map(say_pair, stable['near_ties'])) or 'none'}."
         )
     return "\n\n".join(lines) or None
 
@@ -177,7 +183,7 @@ def beginnings(found: dict[str, Any] | None) -> str | None:
         "begins with",
         "CE from token 20 on",
         "predictions",
-        *(f"rows over 10 medians, layer {n}" for n in layers),
+        *(f"rows with norms over 10 medians, layer {n}" for n in layers),
     ]
     return table(headings, lines)
 
