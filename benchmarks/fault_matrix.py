@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -115,12 +116,23 @@ def page(m: Matrix, spent: float) -> str:
     lines = [
         "# Failure modes and recovery",
         "",
-        f"Made by `python benchmarks/fault_matrix.py` on {datetime.date.today()} at commit {commit.strip()}, "
-        f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores, {spent:.0f} s. "
-        "The script fails if an exit code is not the expected one, if a traceback is printed, or if a cache differs "
-        "from an undisturbed one.",
+        *textwrap.wrap(
+            f"Made by `python benchmarks/fault_matrix.py` on {datetime.date.today()} at commit {commit.strip()}, "
+            f"Python {platform.python_version()}, {packages}, {os.cpu_count()} cores, {spent:.0f} s. "
+            "The script fails if an exit code is not the expected one, if a traceback is printed, or if a cache "
+            "differs from an undisturbed one.",
+            120,
+        ),
         "",
         "Exit codes: 0 ok, 1 failed, 2 bad usage, 3 damaged data, 4 something outside is missing, 130 interrupted.",
+        "",
+        *textwrap.wrap(
+            "A fault that begins with ... continues the row above it. In the last column, `verify 3, info 0` are the "
+            "exit codes of `sae cache verify` and `sae cache info` after the damage. `harvest 0 (mended)` means that "
+            "the same `sae harvest` restored the bytes of the undamaged cache, and `repair 0, the same bytes` that "
+            "`sae cache repair` restored them.",
+            120,
+        ),
         "",
     ]
     for fault, said, code, after in m.rows:

@@ -79,11 +79,23 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
     for name, words, after in (
         ("JSONL with a broken line", ["--dataset", "broken.jsonl"], "the rows of the other lines"),
         ("JSONL with a row nested 20,000 deep and columns of changing types", ["--dataset", "odd.jsonl"],
-         "the rows of the text column alone"),
-        ("a folder with train, test, metadata and a file manager's files", ["--dataset", "split"], "the rows of train"),
-        ("a folder whose README.md names the files", ["--dataset", "configured", "--subset", "b"], "the rows of b"),
-        ("Parquet files, the second with an additional column", ["--dataset", "tables"], "the rows of both"),
-        ("a folder whose files belong to no split", ["--dataset", "unsplit"], "the rows of all files, as of train"),
+         "only the text column is read"),
+        (
+            "a folder with files of train and test, metadata, and files of a file manager",
+            ["--dataset", "split"],
+            "the rows of the train split",
+        ),
+        (
+            "a folder whose README.md names the files",
+            ["--dataset", "configured", "--subset", "b"],
+            "the rows of the configuration b",
+        ),
+        ("Parquet files, the second with an additional column", ["--dataset", "tables"], "the rows of both files"),
+        (
+            "a folder whose files belong to no split",
+            ["--dataset", "unsplit"],
+            "the rows of all files, as for the train split",
+        ),
     ):  # fmt: skip
         out = Path("read-" + words[1])
         outcome = sae(*HARVEST, *words, "--out", out)
@@ -117,7 +129,7 @@ def bad_inputs(m: Matrix, rows: list[dict[str, str]]) -> None:
         "memory too small for a pass",
         outcome._replace(err="\n".join(halved) + "\n"),
         OK,
-        "halved until it fits",
+        "the number of contexts per pass is halved until it fits in memory",
         bool(halved),
     )
     outcome = sae(*big, "toobig", "--tokens", 40_000, "--context", 40_000, "--window", 40_960, prefix=limited)
@@ -244,22 +256,26 @@ def bad_saes(m: Matrix) -> None:
         "an SAE that returns the mean of the text",
         outcome._replace(err="\n".join(said)),
         OK,
-        "its scores stand",
+        "its scores are reported, with a note",
         bool(said),
     )
     read = [line for line in outcome.err.splitlines() if line.endswith("(100 requested; whole contexts are read)")]
     m.row(
-        "`evaluate --tokens` within a context", outcome._replace(err="\n".join(read)), OK, "whole contexts", bool(read)
+        "`evaluate --tokens` within a context",
+        outcome._replace(err="\n".join(read)),
+        OK,
+        "whole contexts are read",
+        bool(read),
     )
     outcome = sae(*evaluate, "mean", "--json")
     found = json.loads(outcome.out)[0]
     trust = [note for note in found["notes"] if "Trust fve" in note]
     sound = abs(found["core.reconstruction_quality.fve"]) < 0.1
     m.row(
-        "its SAEBench `explained_variance`",
+        "SAEBench's `explained_variance` of this SAE",
         outcome._replace(err="\n".join(trust)),
         OK,
-        "both stand",
+        "both numbers are reported, with a note",
         bool(trust),
         sound,
     )
@@ -270,4 +286,10 @@ def bad_saes(m: Matrix) -> None:
         *("--width", 64, "--device", "cpu", "--out", "missed"),
     )
     said = [line for line in outcome.err.splitlines() if "from its target 2." in line]
-    m.row("an L0 that the controller missed", outcome._replace(err="\n".join(said)), OK, "the run stands", bool(said))
+    m.row(
+        "a run whose controller missed its L0",
+        outcome._replace(err="\n".join(said)),
+        OK,
+        "the run is kept, and a note names it",
+        bool(said),
+    )

@@ -103,7 +103,13 @@ def shards(m: Matrix) -> None:
     (folder / "model.safetensors").rename(folder / "below" / "all.safetensors")
     weight_map = dict.fromkeys(tensors, "below/all.safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    cache = harvest(m, "weights in a folder below, which an index names", "parts", OK, after="they are read and pinned")
+    cache = harvest(
+        m,
+        "weights in a subfolder that the index names",
+        "parts",
+        OK,
+        after="they are read and are part of the model's digest",
+    )
     changed = {name: tensor * 2 for name, tensor in tensors.items()}
     safetensors.torch.save_file(changed, folder / "below" / "all.safetensors", metadata={"format": "pt"})
     outcome = sae(*HARVEST, "--model", "./parts", "--out", cache)
@@ -161,7 +167,7 @@ def python_tokenizer(m: Matrix) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=400, **sizes)).save_pretrained("bytes")
     ByT5Tokenizer(bos_token="</s>").save_pretrained("bytes")
-    harvest(m, "a tokenizer that is written in Python (ByT5)", "bytes", OK, after="harvested")
+    harvest(m, "a tokenizer that is written in Python (ByT5)", "bytes", OK, after="it is harvested")
     Path("talks.jsonl").write_text('{"talk": [{"role": "user", "content": "hello"}]}\n' * 99)
     edited(Path("bytes"), "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
     talks = ["--dataset", "talks.jsonl", "--chat-column", "talk"]

@@ -44,8 +44,8 @@ def hostile_names(m: Matrix) -> None:
         (["compare", *runs, "--out", "n.csv", "--out", "n.html", "--out", "n.json", "--plots", "n"], "names are shown"),
         (["compare", runs[3]], "the sequence is shown"),
         (["export", runs[3], "--to", "saelens"], "the files are verified"),
-        (["dashboard", runs[2], "--device", "cpu"], "a page"),
-        (["dashboard", runs[3], "--device", "cpu"], "a page"),
+        (["dashboard", runs[2], "--device", "cpu"], "a page is written"),
+        (["dashboard", runs[3], "--device", "cpu"], "a page is written"),
         (["inspect", runs[3], "--latent", 1, "--device", "cpu"], "the latent is shown"),
         (["evaluate", *runs[:5], *EVALUATE], "the numbers are shown"),
         ([*TRAIN, "--cache", "whole", "--steps", 2, "--out", "\x1b[2J[/]"], "trained"),
@@ -56,12 +56,30 @@ def hostile_names(m: Matrix) -> None:
     cells = [cell for row in csv.reader(Path("n.csv").open(encoding="utf-8")) for cell in row]
     page = Path("n.html").read_text(encoding="utf-8")
     holds = ("'=HYPERLINK(1)" in cells, not any(cell.startswith(("=", "+", "@")) for cell in cells), "\x1b" not in page)
-    m.row("... in the `.csv` and the page", Outcome(OK, "no formula, no escape sequence", ""), OK, "text", *holds)
+    m.row(
+        "... in the `.csv` and the page",
+        Outcome(OK, "no formula, no escape sequence", ""),
+        OK,
+        "names are written as text",
+        *holds,
+    )
     outcome = sae("evaluate", "\x1b[2J/nothing")
-    m.row("a path with an escape sequence that is not there", outcome, USAGE, "it is shown", is_clean(outcome))
+    m.row(
+        "a path with an escape sequence that is not there",
+        outcome,
+        USAGE,
+        "the sequence is shown as text",
+        is_clean(outcome),
+    )
     Path("hostile.toml").write_text('[train]\n"\\u001b[2J" = 1\n')
     outcome = sae("variants", "--config", "hostile.toml")
-    m.row("a key of `--config` with an escape sequence", outcome, USAGE, "it is shown", is_clean(outcome))
+    m.row(
+        "a key of `--config` with an escape sequence",
+        outcome,
+        USAGE,
+        "the sequence is shown as text",
+        is_clean(outcome),
+    )
 
 
 def odd_paths(m: Matrix) -> None:
@@ -99,9 +117,11 @@ def odd_paths(m: Matrix) -> None:
         m.row(f"`sae {name}`", outcome, code, "", is_clean(outcome))
     shown = sae("config", "show", "train", "--out", home)
     m.row("`sae config show train` and --out b\\xff", shown, OK, "", is_clean(shown))
-    m.row("`sae compare b\\xff/nothing`", sae("compare", home / "nothing"), USAGE, "it is shown")
+    m.row("`sae compare b\\xff/nothing`", sae("compare", home / "nothing"), USAGE, "the path is shown")
     m.row("... the cache", sae("cache", "verify", home / "new"), OK, "the same bytes", same_bytes(home / "new"))
-    m.row("`SAE_HOME=b\\xff sae cache list`", sae("cache", "list", env={"SAE_HOME": NOT_UTF8}), OK, "it is listed")
+    m.row(
+        "`SAE_HOME=b\\xff sae cache list`", sae("cache", "list", env={"SAE_HOME": NOT_UTF8}), OK, "the cache is listed"
+    )
 
 
 def out_of_bounds(m: Matrix) -> None:
@@ -116,9 +136,9 @@ def out_of_bounds(m: Matrix) -> None:
     ):
         Path("bounds.toml").write_text(text)
         m.row(f"`--config` {name}", sae("variants", "--config", "bounds.toml"), USAGE, "")
-    for name, value in (("nested 20,000 deep", deep), ("an integer of 8,000 digits", long)):
+    for name, value in (("a value nested 20,000 deep", deep), ("an integer of 8,000 digits", long)):
         outcome = sae(*TRAIN[:-2], "--cache", "whole", "--set", f"k={value}", "--out", "bounds-runs")
-        m.row(f"`--set k=`{name}", outcome, USAGE, "nothing is written", not Path("bounds-runs").exists())
+        m.row(f"`--set k=` with {name}", outcome, USAGE, "nothing is written", not Path("bounds-runs").exists())
         outcome = sae("evaluate", run, *EVALUATE, "--set", f"core.alive_tokens={value}")
         m.row(f"`evaluate --set` with {name}", outcome, USAGE, "nothing is written")
         export = Path(f"bounds/{len(name)}")
@@ -126,12 +146,13 @@ def out_of_bounds(m: Matrix) -> None:
         (export / "cfg.json").write_text('{"d_in": ' + value)
         outcome = sae("import", export, "--out", "bounds-imported")
         m.row(f"`import` of a config with {name}", outcome, DAMAGED, "", not Path("bounds-imported").exists())
-        m.row(f"`import --list` of a config with {name}", sae("import", "--list", export), (OK, USAGE), "it is listed")
+        outcome = sae("import", "--list", export)
+        m.row(f"`import --list` of a config with {name}", outcome, (OK, USAGE), "the export is listed")
     (run / "metrics.jsonl").write_text(f"{deep}\n{long}\n")
     for words in (["compare", run, "--out", "bounds.html"], ["dashboard", run, "--device", "cpu"]):
         outcome = sae(*words)
         note = next((line for line in outcome.err.splitlines() if "Left out" in line), "")
-        m.row(f"metrics.jsonl of such lines: `sae {words[0]}`", outcome._replace(err=note + "\n"), OK, "", bool(note))
+        m.row(f"metrics.jsonl with such lines: `sae {words[0]}`", outcome._replace(err=note + "\n"), OK, "", bool(note))
 
 
 def senseless_numbers(m: Matrix) -> None:
@@ -149,7 +170,9 @@ def senseless_numbers(m: Matrix) -> None:
         ["inspect", "nothing", "--latent", -1],
         ["import", "nothing", "--layer", -1],
     ):
-        m.row(f"`sae {words[0]} {words[-2]} {words[-1]}`", sae(*words), USAGE, "no file is searched")
+        m.row(
+            f"`sae {words[0]} {words[-2]} {words[-1]}`", sae(*words), USAGE, "refused before any file is searched for"
+        )
 
 
 def full_pages(m: Matrix) -> None:
@@ -180,9 +203,11 @@ def two_exports(m: Matrix) -> None:
     both = [Command("export", run, "--to", "saelens", "--out", "twice/out") for _ in range(2)]
     first, second = sorted((command.wait() for command in both), key=lambda outcome: outcome.code)
     names = sorted(path.name for path in Path("twice/out").iterdir())
-    m.row("the one", first, OK, "the files", names == ["cfg.json", "sae_weights.safetensors"])
+    m.row(
+        "one of the two exports", first, OK, "its files are written", names == ["cfg.json", "sae_weights.safetensors"]
+    )
     again = sae("import", "twice/out", "--out", "twice/imported")
-    m.row("the other", second, (USAGE, OUTSIDE), "nothing of it is left", again.code == OK)
+    m.row("the other export", second, (USAGE, OUTSIDE), "none of its files is left", again.code == OK)
 
 
 @contextlib.contextmanager

@@ -18,21 +18,21 @@ def places(m: Matrix) -> None:
         "`--out` is a folder with other files",
         sae(*HARVEST, "--out", "thesis"),
         USAGE,
-        "untouched",
+        "unchanged",
         Path("thesis/chapter1.tex").exists(),
     )
     m.row(
         "`--out` is a file",
         sae(*HARVEST, "--out", "thesis/chapter1.tex"),
         (USAGE, OUTSIDE),
-        "untouched",
+        "unchanged",
         Path("thesis/chapter1.tex").is_file(),
     )
     m.row(
         "`--out` below a file",
         sae(*HARVEST, "--out", "thesis/chapter1.tex/x"),
         (USAGE, OUTSIDE),
-        "untouched",
+        "unchanged",
         Path("thesis/chapter1.tex").is_file(),
     )
     strange = "Ünï cöde/mit Leer zeichen"
@@ -42,7 +42,7 @@ def places(m: Matrix) -> None:
 
     m.row("spaces and letters beyond ASCII in `--out`", outcome, OK, "the same bytes", same_bytes(strange))
     words = shlex.split(following) + ["--steps", "2", "--batch-size", "64", "--out", "runs-strange"]
-    m.row("... and the next command as it was printed", sae(*words), OK, "it runs")
+    m.row("... and the next command as it was printed", sae(*words), OK, "the printed command runs")
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     m.row(
         "a locale that is not UTF-8",
@@ -55,13 +55,13 @@ def places(m: Matrix) -> None:
         "... `cache info`",
         sae("cache", "info", strange, env=plain | {"PYTHONIOENCODING": "ascii:strict"}, new_process=True),
         OK,
-        "it is shown",
+        "the output is shown",
     )
     m.row(
         "... `cache verify`",
         sae("cache", "verify", strange, env=plain | {"PYTHONIOENCODING": "ascii:strict"}, new_process=True),
         OK,
-        "it is shown",
+        "the output is shown",
     )
     m.row(
         "HOME unset",
@@ -71,12 +71,12 @@ def places(m: Matrix) -> None:
         same_bytes("homeless"),
     )
     outcome = sae("harvest", "--model", "./tiny", "--layer", "99", env={"COLUMNS": "40"})
-    m.row("a terminal of 40 columns", outcome, USAGE, "sentences are not cut")
+    m.row("a terminal of 40 columns", outcome, USAGE, "the message is not truncated")
     m.row(
         "... an option that does not exist",
         sae("harvest", "--tokns", 1, env={"COLUMNS": "40"}),
         USAGE,
-        "sentences are not cut",
+        "the message is not truncated",
     )
     for name, words in (("cache info", ["cache", "info", "whole"]), ("variants", ["variants"])):
         script = " ".join(map(shlex.quote, [*SAE, *words])) + "; echo $? >&2"
@@ -86,13 +86,16 @@ def places(m: Matrix) -> None:
             f"`sae {name} \\| head -n 1`",
             Outcome(int(code), ran.stdout, "\n".join(said)),
             (OK, BROKEN_PIPE),
-            "the line is shown",
+            "the first line is shown",
             ran.stdout.count("\n") == 1,
         )
     script = " ".join(map(shlex.quote, [*SAE, "cache", "info", "whole"])) + " > /dev/full"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     m.row(
-        "`sae cache info > /dev/full`", Outcome(ran.returncode, ran.stdout, ran.stderr), OUTSIDE, "nothing else happens"
+        "`sae cache info > /dev/full`",
+        Outcome(ran.returncode, ran.stdout, ran.stderr),
+        OUTSIDE,
+        "nothing else is affected",
     )
 
 
@@ -101,18 +104,24 @@ def removal(m: Matrix) -> None:
     Path("thesis").mkdir(exist_ok=True)
     Path("thesis/chapter1.tex").write_text("years of work")
     m.row(
-        "of a folder that holds no cache",
+        "a folder that holds no cache",
         sae("cache", "rm", "thesis", "--yes"),
         USAGE,
-        "untouched",
+        "unchanged",
         Path("thesis/chapter1.tex").exists(),
     )
-    m.row("... without --yes", sae("cache", "rm", "thesis"), USAGE, "untouched", Path("thesis/chapter1.tex").exists())
-    m.row("of nothing", sae("cache", "rm", "nothing"), USAGE, "")
+    m.row("... without --yes", sae("cache", "rm", "thesis"), USAGE, "unchanged", Path("thesis/chapter1.tex").exists())
+    m.row("a path at which there is nothing", sae("cache", "rm", "nothing"), USAGE, "")
     copy_folder("doomed")
-    m.row("the answer is n", sae("cache", "rm", "doomed", stdin="n\n"), OK, "untouched", same_bytes("doomed"))
-    m.row("nobody answers", sae("cache", "rm", "doomed"), (FAILED, INTERRUPTED), "untouched", same_bytes("doomed"))
-    m.row("the answer is y", sae("cache", "rm", "doomed", stdin="y\n"), OK, "gone", not Path("doomed").exists())
+    m.row("the answer is n", sae("cache", "rm", "doomed", stdin="n\n"), OK, "unchanged", same_bytes("doomed"))
+    m.row("nobody answers", sae("cache", "rm", "doomed"), (FAILED, INTERRUPTED), "unchanged", same_bytes("doomed"))
+    m.row(
+        "the answer is y",
+        sae("cache", "rm", "doomed", stdin="y\n"),
+        OK,
+        "the cache is deleted",
+        not Path("doomed").exists(),
+    )
 
 
 SHORT = [*TRAIN, "--steps", 5, "--device", "cpu"]

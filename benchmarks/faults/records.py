@@ -28,14 +28,20 @@ def records_of_runs(m: Matrix) -> None:
     deep = '{"a":' * 50_000 + "1" + "}" * 50_000
     readers_of_sae, readers_of_run = list(verbs), list(verbs)
     cases: list[tuple[str, str, Callable[[str], str], list[str]]] = [
-        ("the layer of sae.json, 0 made 1", "sae.json", swap('"layer": 0', '"layer": 1'), readers_of_sae),
-        ("pre_bias of sae.json", "sae.json", swap('"pre_bias": true', '"pre_bias": false'), readers_of_sae),
+        ("the layer in sae.json changed from 0 to 1", "sae.json", swap('"layer": 0', '"layer": 1'), readers_of_sae),
+        ("pre_bias in sae.json changed", "sae.json", swap('"pre_bias": true', '"pre_bias": false'), readers_of_sae),
         ("sae.json truncated", "sae.json", lambda text: text[:100], readers_of_sae),
-        ("the seed of run.json", "run.json", swap('"seed": 0', '"seed": 8'), readers_of_run),
+        ("the seed in run.json changed", "run.json", swap('"seed": 0', '"seed": 8'), readers_of_run),
         ("run.json nested 50,000 deep", "run.json", lambda text: deep, readers_of_run),
-        ("8,000 digits in run.json", "run.json", swap('"seed": 0', f'"seed": {"9" * 8000}'), readers_of_run),
-        ("a number of a result", "evaluations/core.json", swap('"l0": 4', '"l0": 5'), ["evaluate", "compare"]),
-        ("the type of a result field", "evaluations/core.json", swap('"flags": [', '"flags": {}, "x": ['), ["compare"]),
+        (
+            "a number of 8,000 digits in run.json", "run.json", swap('"seed": 0', f'"seed": {"9" * 8000}'),
+            readers_of_run,
+        ),
+        ("a number in a result changed", "evaluations/core.json", swap('"l0": 4', '"l0": 5'), ["evaluate", "compare"]),
+        (
+            "the type of a field in a result changed", "evaluations/core.json",
+            swap('"flags": [', '"flags": {}, "x": ['), ["compare"],
+        ),
     ]  # fmt: skip
     for number, (name, file, change, readers) in enumerate(cases):
         folder = copy(run, f"record{number}")
@@ -54,31 +60,50 @@ def files_of_another_run(m: Matrix, run: Path, other: Path) -> None:
     folder = copy(run, "mixed-sae")
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(other / name, folder)
-    m.row("both files of the SAE are another run's", sae("evaluate", folder, *CORE), DAMAGED, "say which field differs")
+    m.row(
+        "both files of the SAE come from another run",
+        sae("evaluate", folder, *CORE),
+        DAMAGED,
+        "the error names the field that differs",
+    )
     train = [*TRAIN, "--cache", "whole", "--device", "cpu", "--steps", 8, "--set", "lr=2e-3", "--out", "recorded-lr"]
     assert sae(*train).code == OK
     (alike,) = Path("recorded-lr").glob("topk-*")
     folder = copy(run, "mixed-alike")
     for name in ("sae.json", "sae.safetensors"):
         shutil.copy(alike / name, folder)
-    m.row("both files of the SAE are from a run that differs only in one option", sae("evaluate", folder, *CORE),
-          DAMAGED, "run.json has the options", "is of another run" in sae("evaluate", folder, *CORE).err)  # fmt: skip
+    m.row("both files of the SAE come from a run that differs only in one option", sae("evaluate", folder, *CORE),
+          DAMAGED, "the options in sae.json and run.json are compared",
+          "is of another run" in sae("evaluate", folder, *CORE).err)  # fmt: skip
     folder = copy(run, "mixed-weights")
     shutil.copy(alike / "sae.safetensors", folder)
-    m.row("the weights alone are another run's", sae("evaluate", folder, *CORE), DAMAGED, "compared with sae.json")
+    m.row(
+        "only the weights come from another run",
+        sae("evaluate", folder, *CORE),
+        DAMAGED,
+        "the weights are compared with sae.json",
+    )
     folder = copy(run, "mixed-run")
     shutil.copy(other / "run.json", folder)
-    m.row("run.json is another run's", sae("train", "--resume", folder), DAMAGED, "compared with the folder's name")
+    m.row(
+        "run.json comes from another run",
+        sae("train", "--resume", folder),
+        DAMAGED,
+        "run.json is compared with the folder's name",
+    )
     folder = copy(run, "mixed-result")
     shutil.copy(other / "evaluations" / "core.json", folder / "evaluations")
     again = sae("evaluate", folder, *CORE)
-    m.row("a result is another run's", sae("compare", copy(folder, "mixed-result2")), (DAMAGED, OK),
-          f"evaluate {again.code}: it is set aside, and measured again")  # fmt: skip
+    m.row("a result comes from another run", sae("compare", copy(folder, "mixed-result2")), (DAMAGED, OK),
+          f"evaluate {again.code}: the result is set aside and measured again")  # fmt: skip
 
 
 def checkpoints(m: Matrix, run: Path) -> None:
     whole = (run / "sae.safetensors").read_bytes()
-    for name, step in (("one step less in state.json", 5), ("a step beyond the end in state.json", 60)):
+    for name, step in (
+        ("the step in state.json is one too small", 5),
+        ("the step in state.json is beyond the end of the run", 60),
+    ):
         folder = copy(run, f"step{step}")
         shutil.rmtree(folder / "checkpoints" / "step-00000008")
         (folder / "sae.json").unlink()
@@ -90,7 +115,7 @@ def checkpoints(m: Matrix, run: Path) -> None:
             name,
             resumed,
             OK,
-            "that checkpoint is skipped; the same weights at the end",
+            "that checkpoint is skipped; the run ends with the same weights",
             same,
             "Skipping" in resumed.err,
         )
@@ -102,7 +127,13 @@ def remedies(m: Matrix, run: Path) -> None:
     (folder / "sae.json").unlink()
     resumed = sae("train", "--resume", folder, "--device", "cpu")
     same = all((folder / name).exists() and (folder / name).read_bytes() == data for name, data in whole.items())
-    m.row("sae.json deleted, as the message says", resumed, OK, "sae.json and the weights, the same bytes", same)
+    m.row(
+        "sae.json deleted, as the message says",
+        resumed,
+        OK,
+        "sae.json and the weights are written again, with the same bytes",
+        same,
+    )
     folder = copy(run, "no-run-json")
     (folder / "run.json").unlink()
     m.row("run.json deleted, as the message says", sae("evaluate", folder, *CORE), OK, "a finished SAE is evaluated")
@@ -115,7 +146,7 @@ def remedies(m: Matrix, run: Path) -> None:
     del content["content_digest"]
     (folder / "sae.json").write_text(json.dumps(content))
     read = sae("evaluate", folder, *CORE)
-    m.row("sae.json without a digest, as earlier versions wrote it", read, OK, "read with a note",
+    m.row("sae.json without a digest, as earlier versions wrote it", read, OK, "it is read, with a note",
           "has no content_digest" in read.err)  # fmt: skip
 
 

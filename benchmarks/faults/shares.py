@@ -32,7 +32,12 @@ def shares(m: Matrix) -> None:
     )  # fmt: skip
     again = share(1)
     m.row(
-        "... the same task again", again, OK, "it completes the cache: the bytes of one process", sealed(out), same(out)
+        "... the same task again",
+        again,
+        OK,
+        "it completes the cache, with the bytes that one process writes",
+        sealed(out),
+        same(out),
     )
     m.row("a share of a finished cache", share(1), OK, "unchanged", sealed(out), same(out))
     fewer = Path("fewer")
@@ -40,7 +45,7 @@ def shares(m: Matrix) -> None:
     rest = sae(*HARVEST, "--out", fewer)
     m.row(
         "one of three shares has run, then the command without `--share`", rest, OK,
-        "it continues with the rest: the bytes of one process", begun.code == OK, same(fewer),
+        "it harvests the remaining windows, with the bytes that one process writes", begun.code == OK, same(fewer),
     )  # fmt: skip
 
 

@@ -21,21 +21,21 @@ def writers(m: Matrix) -> None:
             f"another process writes: `sae {name}`",
             sae(*words),
             OUTSIDE,
-            "the other's cache is untouched",
+            "the other process's cache is unchanged",
             count_commits(out) >= 4,
         )
     for words in (["cache", "info", out], ["cache", "verify", out], [*TRAIN, "--cache", out]):
         name = " ".join(map(str, words[: 2 if words[0] == "cache" else 1]))
-        m.row(f"half written: `sae {name}`", sae(*words), USAGE, "untouched")
+        m.row(f"half written: `sae {name}`", sae(*words), USAGE, "unchanged")
     holder.send(signal.SIGKILL)
     holder.wait()
     outcome = sae(*HARVEST, "--batch-contexts", 1, "--out", out)
     note = next((line for line in outcome.err.splitlines() if "its lock was taken over" in line), "")
     m.row(
-        "a dead writer's lock",
+        "a lock of a process that no longer runs",
         outcome._replace(err=note + "\n"),
         OK,
-        "taken over; the same bytes",
+        "the lock is taken over; the cache has the same bytes",
         bool(note),
         same_bytes(out, "single"),
     )
@@ -46,9 +46,14 @@ def writers(m: Matrix) -> None:
         USAGE,
         "nothing is written",
     )
-    m.row("train on a layer it lacks", sae(*TRAIN, "--cache", "whole", "--layer", 7), USAGE, "nothing is written")
     m.row(
-        "train without --cache if there are several",
+        "train on a layer that the cache lacks",
+        sae(*TRAIN, "--cache", "whole", "--layer", 7),
+        USAGE,
+        "nothing is written",
+    )
+    m.row(
+        "train without --cache if there are several caches",
         sae(*TRAIN, env={"SAE_HOME": "homes"}),
         USAGE,
         "nothing is written",
