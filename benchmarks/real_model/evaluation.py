@@ -95,8 +95,9 @@ def page(asked: argparse.Namespace, table: str) -> str:
         f"`python benchmarks/real_model/evaluation.py` compared {', '.join(RECIPES)} and the controls "
         f"{', '.join(CONTROLS)}, whose architecture is batchtopk, with seeds {seeds}. The SAEs are at layer "
         f"{asked.layer}, are four times as wide as the model, and were trained with `--l0 {asked.l0:g}` for "
-        f"{asked.steps:,} steps of 1,024 rows. Absorption was measured on {asked.absorption_words or 'all'} words, "
-        f"and sae_probes in its normal setting on {len(asked.dataset)} data sets with up to {asked.max_texts:,} texts each (numbers {numbers}). "
+        f"{asked.steps:,} steps of 1,024 rows. Absorption was measured on {asked.absorption_words or 'all'} words, and "
+        f"sae_probes in its normal setting on {len(asked.dataset)} data sets with up to {asked.max_texts:,} texts each "
+        f"(numbers {numbers}). "
         f"Machine: {machine('transformers', 'scikit-learn')}. {asked.note}"
     )
     return f"""# Evaluation on a real model, {date.today().isoformat()}: {LABEL}
