@@ -288,8 +288,8 @@ OVERLAP_OF = {
 EXPLAINED = {
     "decorrelation": "R (equation (3) of paper 003), tau (equation (4), the correlation that a pair has to exceed)\n"
     "and the mean correlation are computed over all pairs.",
-    "competition": "`penalty` is the mean of c <f_i, f_j>^2 over all pairs that exceed tau in equation (5) of paper\n"
-    "002, `pairs` is the number of these pairs, and `c` is their mean c.",
+    "competition": "`penalty` is the mean of `c <f_i, f_j>^2` over all pairs that exceed tau in equation (5) of\n"
+    "paper 002, `pairs` is the number of these pairs, and `c` is their mean c.",
 }
 OVERLAPS = {"decorrelation": decorrelation_overlap, "competition": competition_overlap}
 

@@ -239,7 +239,7 @@ def odd_judges(m: Matrix) -> None:
     for name, reply, end in (
         ("answers without end", b"", b"a" * 65536),
         ("answers with JSON nested 100,000 deep", b"[" * 100_000, b""),
-        ("answers with 8,000 digits", b"9" * 8000, b""),
+        ("answers with a number of 8,000 digits", b"9" * 8000, b""),
         ("answers with bytes that are not UTF-8", b'{"choices": [{"message": {"content": "\xff"}}]}', b""),
         ("answers with a list", b'{"choices": [{"message": {"content": [1]}}]}', b""),
     ):

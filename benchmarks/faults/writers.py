@@ -18,7 +18,7 @@ def writers(m: Matrix) -> None:
     for words in ([*HARVEST, "--out", out], ["cache", "repair", out], ["cache", "rm", out, "--yes"]):
         name = " ".join(map(str, words[: 2 if words[0] == "cache" else 1]))
         m.row(
-            f"another process writes: `sae {name}`",
+            f"`sae {name}` while another process writes the cache",
             sae(*words),
             OUTSIDE,
             "the other process's cache is unchanged",
@@ -26,7 +26,7 @@ def writers(m: Matrix) -> None:
         )
     for words in (["cache", "info", out], ["cache", "verify", out], [*TRAIN, "--cache", out]):
         name = " ".join(map(str, words[: 2 if words[0] == "cache" else 1]))
-        m.row(f"half written: `sae {name}`", sae(*words), USAGE, "unchanged")
+        m.row(f"`sae {name}` on a half written cache", sae(*words), USAGE, "unchanged")
     holder.send(signal.SIGKILL)
     holder.wait()
     outcome = sae(*HARVEST, "--batch-contexts", 1, "--out", out)
@@ -65,7 +65,7 @@ def writers(m: Matrix) -> None:
         ("another seed", [*HARVEST, "--seed", 1]),
     ):
         m.row(
-            f"harvest of {name} into this cache",
+            f"harvest with {name} into this cache",
             sae(*words, "--out", "whole"),
             USAGE,
             "unchanged",
@@ -84,4 +84,6 @@ def writers(m: Matrix) -> None:
         ["cache", "repair", newer],
     ):
         name = " ".join(map(str, words[: 2 if words[0] == "cache" else 1]))
-        m.row(f"cache of a newer format: `sae {name}`", sae(*words), USAGE, "unchanged", read_files(newer) == before)
+        m.row(
+            f"`sae {name}` on a cache of a newer format", sae(*words), USAGE, "unchanged", read_files(newer) == before
+        )

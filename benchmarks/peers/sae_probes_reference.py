@@ -166,7 +166,7 @@ def compare(python: str, asked: argparse.Namespace) -> None:
         print(f"rows of {len(texts)} texts of {names[0]}: relative difference {apart:.1e}\n")
         print(
             "| setting | probes | largest AUC difference | largest accuracy difference | different latents | "
-            "sae-probes, s | ours, s | ratio |"
+            "sae-probes, s | ours, s | sae-probes / ours |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for setting, metric in metrics.items():
