@@ -141,7 +141,7 @@ def show_with_compute(cache: Cache, packed: Cache, batch: int, rounds: int, mill
     times_of = in_rounds(ways, rounds)
     for loader in opened.values():
         loader.close()
-    print(f"\n| batches of {batch}, a product of {rows} rows after each | ms | more than the product alone |")
+    print(f"\n| batches of {batch}, each followed by a product of {rows} rows | ms | ms more than the product alone |")
     print("|---|---|---|")
     for name, times in times_of.items():
         more = statistics.median(x.wall - y.wall for x, y in zip(times, times_of["the product alone"], strict=True))

@@ -2,8 +2,8 @@
 
 Times whole training steps of `topk`, once with dense products and once by gathering the rows of the active latents
 (`train/sparse_ops.py`). Both have the same weights and batches, and run once per round, in random order. Times are
-processor time of one thread, which other work on the machine hardly changes. The ratio to the dense step, `of dense`,
-is below 1 where gathering is faster. `sparse_ops.SPARSE_FROM` is set from this table.
+processor time of one thread, which other work on the machine hardly changes. The ratio to the dense step, `by rows /
+dense`, is below 1 where gathering is faster. `sparse_ops.SPARSE_FROM` is set from this table.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(machine())
-    print("\n| d_in | n | k | n/k | dense, ms | by rows, ms | of dense |\n|---|---|---|---|---|---|---|")
+    print("\n| d_in | n | k | n/k | dense, ms | by rows, ms | by rows / dense |\n|---|---|---|---|---|---|---|")
     for d_in in args.d_in:
         x_BD = torch.randn(args.batch, d_in).bfloat16()
         for n in (width * d_in for width in args.width):

@@ -232,7 +232,7 @@ def show_together(folder: Path, rounds: int) -> None:
         ways[f"{count} apart"] = lambda one=one: spent(lambda: [train_together(cache, config, s) for s in one])
     found = in_rounds(ways, rounds)
     title = f"relu {config.d_in} -> {config.d_sae}, {config.steps} batches of {config.batch_size} from a cache, ms"
-    print(f"\n| {title} |", end="")
+    print(f"\n| {title}; number of runs V |", end="")
     print(" together | apart | together / apart |\n|---|---|---|---|")
     for count in (1, 2, 4, 8):
         both = [found[f"{count} {how}"] for how in ("together", "apart")]

@@ -5,11 +5,11 @@ permuted as in `harvest.run`, and batches follow the loader's own order. For com
 half-refilled buffer of SAELens and dictionary_learning (permute, serve half, refill), and a fresh permutation of all
 rows.
 
-    partners     P, the number of other rows of its own context that a row meets in its batch; the closed form for this
-                 design is B L (1/(lanes W) + 1/T)
-    contexts     distinct contexts in a batch
-    rank corr.   between the positions of the rows in one epoch and in the next: 0 is as good as a fresh permutation
-    moved        mean distance between these positions, as a fraction of T; 1/3 for a fresh permutation
+    P                  the number of other rows of its own context that a row meets in its batch; the closed form for
+                       this design is B L (1/(lanes W) + 1/T)
+    rank correlation   between the positions of the rows in one epoch and in the next: 0 is as good as a fresh
+                       permutation
+    moved              mean distance between these positions, as a fraction of T; 1/3 for a fresh permutation
 """
 
 import argparse
@@ -105,8 +105,11 @@ def main() -> None:
     args = parser.parse_args()
     layout, contexts = Layout(args.rows), args.context or [128, 1024]
     print(machine())
-    print(f"{args.rows:,} rows, windows of {layout.window_rows:,}, means of {args.seeds} seeds; P: smallest to largest")
-    print("\n| B | L | | P | with a partner | contexts | rank corr. | moved |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"{args.rows:,} rows in windows of {layout.window_rows:,}; means of {args.seeds} seeds, in brackets the range of P"
+    )
+    print("\n| batch B | context L | order | P | rows with P > 0 | contexts in a batch | rank correlation | moved |")
+    print("|---|---|---|---|---|---|---|---|")
     for batch in args.batch_size or (2048, 4096):
         found: dict[tuple[int, str], list[dict[str, float]]] = {}
         for seed in range(args.seeds):

@@ -193,7 +193,7 @@ def main() -> None:
         half, full = "loss, float32 | weights | ours moved", "loss, float64 | weights | ours moved"
         print(f"| recipe | peer | {half} | {full} | as published: loss | weights |\n|{'---|' * 10}")
         print(*agreeing, sep="\n")
-        print("\n| peer | left in | what it is | loss / weights |\n|---|---|---|---|")
+        print("\n| peer | deviation left in | what it is | loss / weights |\n|---|---|---|---|")
         print(*(f"| {what} | {', '.join(recipes)} |" for what, recipes in sorted(effects.items())), sep="\n")
 
 

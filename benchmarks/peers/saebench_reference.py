@@ -87,7 +87,7 @@ def write_fixtures(python: str, to: Path, metrics: list[str], seed: int) -> None
 
 def time_both(python: str, metrics: list[str], size: Size, model: Path, kinds: list[str], rounds: int) -> None:
     print(f"Load at the start: {os.getloadavg()[0]:.1f}. {size._asdict()}, {len(kinds)} SAEs: {' '.join(kinds)}\n")
-    print("| metric | side | first SAE, s | wall, s | a further SAE, s | wall, s | six together, s | peak, MB |")
+    print("| metric | side | first SAE, s | wall, s | each additional SAE, s | wall, s | six SAEs, s | peak, MB |")
     print("|---|---|---|---|---|---|---|---|")
     apart = []
     with tempfile.TemporaryDirectory() as name:
