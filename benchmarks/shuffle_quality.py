@@ -105,9 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     layout, contexts = Layout(args.rows), args.context or [128, 1024]
     print(machine())
-    print(
-        f"{args.rows:,} rows in windows of {layout.window_rows:,}; means of {args.seeds} seeds, in brackets the range of P"
-    )
+    print(f"{args.rows:,} rows in windows of {layout.window_rows:,}; means of {args.seeds} seeds (and the range of P)")
     print("\n| batch B | context L | order | P | rows with P > 0 | contexts in a batch | rank correlation | moved |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in args.batch_size or (2048, 4096):
