@@ -22,8 +22,8 @@ PACKAGE_FILES = sorted(
     if path.relative_to(ROOT).parts[0] not in OTHER_FOLDERS and not path.relative_to(ROOT).parts[0].startswith(".")
 )
 # Packages that are imported under another name.
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
-TOOLS = {"pytest-xdist", "ruff", "mypy", "moto"}  # run, not imported
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
+TOOLS = {"ruff", "mypy", "moto"}  # run, not imported
 KERNELS = {
     f"train/kernels/{name}.py": {"triton"}
     for name in ("batch", "gate", "jump", "largest", "pair", "prefix", "rows", "threshold", "update")
@@ -56,11 +56,13 @@ class Imports(NamedTuple):
 @functools.cache
 def third_party(path: Path) -> Imports:
     everywhere, at_once = set(), set()
-    nodes: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text()), True)]
+    source = path.read_text()
+    passed_over = () if "importorskip" in source else ast.expr  # most nodes; only calls of it are expressions
+    nodes: list[tuple[ast.AST, bool]] = [(ast.parse(source), True)]
     while nodes:
         node, loading = nodes.pop()
         loading &= not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not is_for_types(node)
-        nodes += ((child, loading) for child in ast.iter_child_nodes(node))
+        nodes += ((child, loading) for child in ast.iter_child_nodes(node) if not isinstance(child, passed_over))
         found = set()
         if isinstance(node, ast.Import):
             found = {alias.name.split(".")[0] for alias in node.names}

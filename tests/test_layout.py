@@ -5,10 +5,13 @@ import functools
 import importlib
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from sae.harvest.mini.corpus import walk_statements
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cache", "cli", "common", "evaluate", "harvest", "train", "workflows")
@@ -68,32 +71,31 @@ def text_of(path: Path) -> str:
 
 
 @functools.cache
-def imports_and_classes(path: Path) -> tuple[list[str], list[str]]:
-    """The modules that a file imports by absolute name, and the names of its classes.
+def imports_and_classes(path: Path) -> tuple[list[ast.AST], list[str]]:
+    """The import statements of a file, and the names of its classes.
 
     The syntax trees are not kept: the garbage collector would scan their millions of nodes during all later tests.
     """
-    modules, classes = [], []
-    for node in ast.walk(ast.parse(text_of(path))):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            modules.append(node.module)
-        elif isinstance(node, ast.ClassDef):
-            classes.append(node.name)
-    return modules, classes
+    nodes = list(walk_statements(ast.parse(text_of(path))))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imports, [node.name for node in nodes if isinstance(node, ast.ClassDef)]
 
 
 @functools.cache
 def imports_of(path: Path) -> set[str]:
-    return imported(text_of(path), path.relative_to(ROOT).parent.parts)
+    return modules_of(imports_and_classes(path)[0], path.relative_to(ROOT).parent.parts)
 
 
 def imported(source: str, package: tuple[str, ...], *, top_level_only: bool = False) -> set[str]:
     """The modules of this package that a source imports, relative to its root: `cache.reader`, `harvest.model`."""
-    found = set()
     tree = ast.parse(source)
-    for node in tree.body if top_level_only else ast.walk(tree):
+    return modules_of(tree.body if top_level_only else walk_statements(tree), package)
+
+
+def modules_of(nodes: Iterable[ast.AST], package: tuple[str, ...]) -> set[str]:
+    """Those that some statements import."""
+    found = set()
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
             module = tuple(node.module.split(".")) if node.module else ()
             if node.level:
@@ -216,8 +218,19 @@ def test_a_forbidden_import_is_seen():
 
 def test_no_bare_import_of_a_folder():
     """`import evaluate` would find Hugging Face's."""
-    bare = {(name_of(path), module) for path in SOURCES for module in imports_and_classes(path)[0]}
+    bare = {(name_of(path), module) for path in SOURCES for module in without_dots(imports_and_classes(path)[0])}
     assert {(path, name) for path, name in bare if name.split(".")[0] in FOLDERS} == set()
+    assert list(without_dots(ast.parse("import evaluate.x\nfrom train import sae\nfrom .cache import hooks").body)) == [
+        "evaluate.x", "train",
+    ]  # fmt: skip
+
+
+def without_dots(imports: Iterable[ast.AST]) -> Iterator[str]:
+    for node in imports:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module
 
 
 def test_every_folder_with_code_is_a_package_and_is_listed():
