@@ -19,6 +19,12 @@ from pathlib import Path
 
 SECRET = "fake-secret-that-no-file-may-hold"
 NUMBERS = itertools.count()
+SERVER = """
+from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", 0, create_backend_app("s3"), threaded=True, request_handler=MotoRequestHandler)
+"""
+# moto.server finds out for each request which of some 200 services it is for. That takes longer than many answers.
 
 
 def environment(endpoint: str) -> dict[str, str]:
@@ -37,7 +43,7 @@ def environment(endpoint: str) -> dict[str, str]:
 @contextmanager
 def running_server() -> Iterator[str]:
     """Start the server on a free port and yield its address; stop it at the end."""
-    words = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    words = [sys.executable, "-u", "-c", SERVER]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=clean) as server:
         try:
