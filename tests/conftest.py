@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 NUMBERS = itertools.count()
-# The examples are the same in every run, and no test fails because it is slow.
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+TOGETHER = {
+    "simulated GPU": re.compile(r"tests/(simulated_cuda/|train/test_precision)"),
+    "Triton's interpreter": re.compile(r"tests/train/kernels/"),
+    "store": re.compile(
+        r"tests/(cache/test_(object_store|store_)|cli/test_store_|harvest/test_harvest_to_|train/test_store)"
+    ),
+    "standard library": re.compile(r"tests/(harvest/test_datasets|evaluate/(datasets/test_labeled|test_kept_))"),
+    "launcher": re.compile(r"tests/(\w+/test_ranks|common/test_process_group|test_launch_scripts)"),
+}
+"""Files whose tests share what takes seconds: the start of a process, or reading the text of the standard library."""
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
 settings.load_profile("suite")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # workers have the variable; see pytest_configure
 
@@ -34,6 +43,24 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.getoption("numprocesses", default=None):
         os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As xdist's `--dist loadfile`, but the files of TOGETHER go to one worker, so that their process is started once.
+
+    With another `--dist`, xdist's own.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((name for name, files in TOGETHER.items() if files.match(file)), file)
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
