@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Google]:
     with Google() as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         key = {"gcs_base_url": f"http://127.0.0.1:{server.server_port}", "disable_oauth": True}
         key |= {"client_email": "", "private_key": "", "private_key_id": ""}

@@ -35,7 +35,7 @@ class LocalHub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def publish(self, repo: str, files: dict[str, bytes], commit: str = "a" * 40) -> None:
         self.repositories[repo], self.commits[repo] = files, commit
