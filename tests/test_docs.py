@@ -4,6 +4,7 @@ import functools
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,29 +98,25 @@ def call(*words: object) -> None:
     assert result.exit_code == 0, result.output
 
 
-@pytest.fixture
-def prepared(home: Path, sentences: Path) -> Path:
-    """A minimal cache and run of layer 12 of gemma-2-mini, at the paths that the pages use."""
+@pytest.fixture(scope="module")
+def made(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a cache and a run of layer 12 of gemma-2-mini, as small as they can be. Copy it."""
+    home = tmp_path_factory.mktemp("made")
     cache = home / "activations" / "shown"
-    call("harvest", "--model", mini.NAME, "--dataset", sentences, "--layer", 12, "--tokens", 2100, "--out", cache)
-    call(
-        "train",
-        "--variant",
-        "topk",
-        "--layer",
-        12,
-        "--cache",
-        cache,
-        "--steps",
-        2,
-        "--width",
-        "2x",
-        "--batch-size",
-        256,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_HOME", str(home))
+        call("harvest", "--model", mini.NAME, "--dataset", sentences, "--layer", 12, "--tokens", 2100, "--out", cache)
+        sizes = ["--steps", 2, "--width", "2x", "--batch-size", 256]
+        call("train", "--variant", "topk", "--layer", 12, "--cache", cache, *sizes)
     (run,) = (home / "runs").iterdir()
     run.rename(home / "runs" / "shown")
     return home
+
+
+@pytest.fixture
+def prepared(made: Path, home: Path) -> Path:
+    """The same where the pages' names lead."""
+    return shutil.copytree(made, home, dirs_exist_ok=True)
 
 
 BLOCKS = list(blocks())
