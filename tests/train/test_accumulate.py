@@ -17,6 +17,7 @@ from sae.train.plan import plan_training
 from sae.train.recipe import RECIPES, find_recipe
 from sae.train.variant import RunConfig
 
+from ..recipes import SOME
 from ..run_records import change_record
 from .runs import make_config, train
 
@@ -38,7 +39,13 @@ READINGS = [
 STEPS, BOUND = 6, 2e-5
 
 
-@pytest.mark.parametrize("name", [*ACCEPTED, *READINGS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in (*SOME, *READINGS[::2]) else pytest.mark.slow)
+        for name in (*ACCEPTED, *READINGS)
+    ],
+)
 @pytest.mark.parametrize("parts", [4])
 def test_weights_are_those_of_one_part(name, parts, make_variant, take) -> None:
     """Weights agree to 2e-5 of the largest element of a tensor after six steps, with dead latents from the third on."""
@@ -117,6 +124,7 @@ def test_batchtopk_keeps_the_same_latents_in_parts(make_variant, batches) -> Non
     assert variant.sae.activation[0].cut is None
 
 
+@pytest.mark.slow
 def test_a_step_in_parts_takes_less_memory() -> None:
     def memory(parts: int) -> RunMemory:
         return run_memory(

@@ -14,9 +14,11 @@ from sae.train.loop import Trainer
 from sae.train.memory import run_memory, untrained_variant
 from sae.train.passes import group_by_pass
 from sae.train.plan import TrainConfig, plan_training
-from sae.train.recipe import RECIPES, find_recipe
+from sae.train.recipe import find_recipe
 from sae.train.run import run_training
 from sae.train.variant import RunConfig
+
+from ..recipes import SOME_QUICK
 
 find_recipe("relu")  # registers them all
 USAGE = namedtuple("USAGE", "total used free")
@@ -54,7 +56,7 @@ def test_a_run_takes_the_estimated_bytes(sparse_cache, variant):
     assert 1 <= found / run_bytes(run).folder < 1.02  # the files also hold the names of the tensors
 
 
-@pytest.mark.parametrize("variant", RECIPES)
+@pytest.mark.parametrize("variant", SOME_QUICK)
 def test_a_step_of_every_recipe_is_timed(variant):
     assert 0 < step_seconds(Spec(find_recipe(variant), {}, RunConfig(16, 64, 10, 32)), "cpu") < 60
 
