@@ -40,7 +40,7 @@ def test_a_captured_step_is_two_launches(gpu: SimulatedGPU) -> None:
     )
 
 
-@pytest.mark.parametrize("recipe", ["batchtopk", "jumprelu"])
+@pytest.mark.parametrize("recipe", [pytest.param("batchtopk", marks=pytest.mark.slow), "jumprelu"])
 def test_so_do_those_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
     assert compare(gpu, recipe, parts=4)["apart"] == {}
 
@@ -50,7 +50,7 @@ def test_so_do_those_that_steer_l0(gpu: SimulatedGPU, recipe: str) -> None:
     assert compare(gpu, recipe, l0=8)["apart"] == {}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_so_do_those_with_kernels(gpu: SimulatedGPU, precision: str) -> None:
     """This also holds after latents are restarted between steps: a graph reads the copies of the weights in place."""
     recipes = ("topk", "batchtopk", "hierarchical-resample", "gated", "matryoshka")

@@ -6,7 +6,7 @@ from sae.cache.reader import Cache
 
 from .gpu import SimulatedGPU
 
-ORDERS = 60
+ORDERS = 20
 
 
 def test_a_step_reads_its_own_batch_however_late_the_copies_run(gpu: SimulatedGPU) -> None:
@@ -34,11 +34,13 @@ def test_without_one_of_the_harvests_waits_a_window_gets_other_rows(gpu: Simulat
 
 
 def test_a_window_of_the_gpu_arrives_whole_however_late_its_copy_runs(gpu: SimulatedGPU) -> None:
-    """Its norms and moments equal those computed on a CPU, bit for bit."""
-    assert gpu("copies.wrong_windows_of_a_gpu", orders=10) == []
+    """With the norms and moments that the CPU finds, bit for bit."""
+    assert gpu("copies.wrong_windows_of_a_gpu", orders=5) == []
 
 
-@pytest.mark.parametrize("wait", ["placing waits for the copy", "host waits for the copy"])
+@pytest.mark.parametrize(
+    "wait", ["placing waits for the copy", pytest.param("host waits for the copy", marks=pytest.mark.slow)]
+)
 def test_without_one_of_its_waits_another_window_arrives(gpu: SimulatedGPU, wait: str) -> None:
     assert gpu("copies.wrong_windows_of_a_gpu", orders=5, without=wait)
 

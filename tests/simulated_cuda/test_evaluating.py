@@ -29,6 +29,7 @@ def runs(tiny_cache: Cache, tmp_path: Path) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_core_has_the_numbers_of_the_cpu_and_copies_no_pageable_memory(
     gpu: SimulatedGPU, runs: list[Path], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ RECIPES = ("batchtopk", "frozen-decoder")
 
 
 @pytest.mark.parametrize("resident", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["streamed", "resident"])
-@pytest.mark.parametrize("capture", ["off", "auto"])
+@pytest.mark.parametrize("capture", [pytest.param("off", marks=pytest.mark.slow), "auto"])
 def test_runs_end_as_on_a_cpu_and_neither_steps_nor_batches_nor_checkpoints_wait(
     gpu: SimulatedGPU, tiny_cache: Cache, tmp_path: Path, resident: bool, capture: str
 ) -> None:
