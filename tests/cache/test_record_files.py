@@ -87,6 +87,7 @@ def test_a_changed_value_is_found_wherever_it_is(folder: Path) -> None:
     read_all(folder)
 
 
+@pytest.mark.slow
 @unchecked
 def test_a_changed_value_without_a_digest_gives_a_sentence_or_is_one_of_few(folder: Path) -> None:
     """A change to a record of an earlier version is detected only if another record contradicts it.

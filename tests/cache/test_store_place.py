@@ -47,8 +47,15 @@ def assert_whole(store: ObjectStore, layers: list[int]) -> Cache:
     return cache
 
 
-@pytest.mark.parametrize("other", ["the same bytes", "other bytes"])
-@pytest.mark.parametrize("step", ["publish", "create_commit"])
+@pytest.mark.parametrize(
+    ("step", "other"),
+    [
+        ("publish", "other bytes"),
+        ("create_commit", "the same bytes"),
+        pytest.param("publish", "the same bytes", marks=pytest.mark.slow),
+        pytest.param("create_commit", "other bytes", marks=pytest.mark.slow),
+    ],
+)
 def test_two_machines_at_one_window_leave_the_objects_of_one(
     store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch, step: str, other: str
 ) -> None:
@@ -70,7 +77,7 @@ def test_two_machines_at_one_window_leave_the_objects_of_one(
     assert not list(writer.folder.glob("*/c.*")) and writer.missing_windows() == {}
 
 
-@pytest.mark.parametrize("step", ["seal", "_seal_root"])
+@pytest.mark.parametrize("step", [pytest.param("seal", marks=pytest.mark.slow), "_seal_root"])
 def test_layers_that_are_sealed_at_once_are_both_there(
     store: ObjectStore, worker, finite_bits, write_windows, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -186,7 +193,11 @@ def test_a_machine_with_other_tokens_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize(
     ("write", "moment"),
-    [("put", "tokens/ids/c.0.0"), ("put", "tokens/commit.json"), ("put_if_absent", "harvest.json")],
+    [
+        pytest.param("put", "tokens/ids/c.0.0", marks=pytest.mark.slow),
+        pytest.param("put", "tokens/commit.json", marks=pytest.mark.slow),
+        ("put_if_absent", "harvest.json"),
+    ],
 )
 def test_a_machine_with_other_tokens_is_refused_while_those_of_another_are_uploaded(
     store: ObjectStore, worker, other_tokens, finite_bits, write_windows, write: str, moment: str,

@@ -58,6 +58,7 @@ def test_list_info_and_verify(stored: ObjectStore, tiny_cache: Cache, bucket: st
     )
 
 
+@pytest.mark.slow
 def test_a_web_server_is_asked_for_each_file(tiny_cache: Cache) -> None:
     handler = partial(SimpleHTTPRequestHandler, directory=tiny_cache.folder.parent)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -163,8 +164,9 @@ def test_rm_asks_and_leaves_what_is_not_its_own(stored: ObjectStore) -> None:
     assert "holds no activation cache; nothing was deleted" in sae("cache", "rm", stored.url, "--yes", code=2)
 
 
+@pytest.mark.parametrize("moments", [(1, -1), pytest.param((1, 2, 3, 8, -2, -1), marks=pytest.mark.slow)], ids=str)
 def test_a_deletion_that_is_killed_is_finished_by_the_next(
-    stored: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    stored: ObjectStore, monkeypatch: pytest.MonkeyPatch, moments: tuple[int, ...]
 ) -> None:
     """After the first deletion the address holds no cache, but its remains are recognized until the last deletion."""
     before, delete = objects(stored), ObjectStore._delete
@@ -172,7 +174,8 @@ def test_a_deletion_that_is_killed_is_finished_by_the_next(
     class Killed(BaseException):
         pass
 
-    for number in (1, 2, 3, 8, len(before) - 2, len(before) - 1):
+    for moment in moments:
+        number = moment % len(before)  # so many are deleted, or all but so many
         left = iter(range(number))
 
         def some(store: ObjectStore, keys: list[str]) -> None:

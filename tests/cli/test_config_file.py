@@ -191,15 +191,19 @@ def test_every_command_takes_config_and_no_flag_twice(words: tuple[str, ...], co
     assert all(option.param_type_name == "option" for option in options_of(command).values())
 
 
-@given(
-    st.recursive(
-        st.text() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans(),
-        st.lists,
-        max_leaves=5,
-    )
-)
-@settings(max_examples=200)
+VALUES = st.text() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans()
+
+
+@given(VALUES | st.lists(VALUES, max_size=4))
+@settings(max_examples=100)
 def test_a_value_written_as_toml_reads_back(value: object) -> None:
+    assert tomllib.loads(f"x = {to_toml(value)}") == {"x": value}
+
+
+@pytest.mark.slow
+@given(st.recursive(VALUES, st.lists, max_leaves=5))
+@settings(max_examples=200)
+def test_so_does_one_in_lists_of_lists(value: object) -> None:
     assert tomllib.loads(f"x = {to_toml(value)}") == {"x": value}
 
 

@@ -72,6 +72,7 @@ def test_an_address_with_a_credential_is_refused_and_not_repeated(
         assert_nowhere((ADDRESS_SECRET,), home, told)
 
 
+@pytest.mark.slow
 def test_what_is_refused_in_one_sentence(harvest: list[object], bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(code: int, sentence: str, url: str) -> None:
         for words in ([*harvest, url], ["cache", "verify", url]):
