@@ -1,5 +1,6 @@
 """A model in a local folder is the same model wherever the folder lies, and no local path is published."""
 
+import copy
 import json
 import os
 import shutil
@@ -91,6 +92,7 @@ def test_an_export_is_imported_and_evaluated_and_has_no_path_in_it(
         assert theirs["reconstruction_quality"][name] == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_moved_model_is_itself_through_export_import_and_evaluation(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_moved_model_is_itself_through_export_import_and_evaluation(
     assert after == {name: pytest.approx(value, abs=1e-5) for name, value in before.items()}
 
 
+@pytest.mark.slow
 def test_a_model_with_shards_below_its_folder_is_pinned_by_them(
     tiny_model: Path, sentences: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +174,7 @@ def test_a_tokenizer_that_changed_is_refused_at_evaluation(
     original = inputs.load_tokenizer
 
     def load_changed(source: Any) -> Any:
-        tokenizer = original(source)
+        tokenizer = copy.deepcopy(original(source))
         tokenizer.add_tokens(["<zzz>"])
         return tokenizer
 

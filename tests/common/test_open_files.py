@@ -99,6 +99,7 @@ def test_a_cache_is_not_called_damaged(set_limit, make_cache) -> None:
     assert len(list(cache.verify())) == listed
 
 
+@pytest.mark.slow
 def test_caches_keep_to_the_limit(set_limit, make_cache) -> None:
     """Every chunk and norm of two caches is read, though fewer files can be opened than one of them has chunks."""
     folders = [make_cache(seed).folder for seed in (0, 1)]

@@ -339,6 +339,7 @@ def test_a_run_resumes_on_a_cache_that_was_moved(tmp_path: Path) -> None:
     assert_finished(home / "runs" / run)
 
 
+@pytest.mark.slow
 def test_a_command_finds_the_runs_that_it_made(finished: Path) -> None:
     """The digest in a run folder's name is unchanged, with --literal, --order-seed, --config and all other options."""
     before = contents(finished / "runs")

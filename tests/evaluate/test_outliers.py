@@ -174,6 +174,7 @@ def test_where_the_limit_comes_from(cache: Cache, home: Path, origin: dict, aske
         assert "masked   no rows: one has no norm limit" in plan.describe()
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_result_is_that_of_saebench_s_names(cache: Cache, home: Path) -> None:
     """Its settings are those of versions without norm limits, so their results stay valid."""
     masked, plain = make_run(home / "runs" / "one", cache), make_run(home / "runs" / "two", cache, norm_limit=None)
@@ -192,6 +193,7 @@ def test_a_multiple_at_or_below_one_is_refused(cache: Cache, home: Path) -> None
         plan_evaluation(ask(make_run(home / "runs" / "one", cache), max_norm=1.0))
 
 
+@pytest.mark.slow
 def test_objects_have_the_limit_of_the_cache_or_their_own(cache: Cache) -> None:
     def outliers(sae: SAE | None = None, **options: Any) -> int:
         arguments = {"cache": cache, "layer": 0, "suite": "core", "references": False, "device": "cpu", **options}
@@ -309,6 +311,7 @@ def labels(rows: Sequence[Any]) -> list[str]:
     return [row.name for row in rows]
 
 
+@pytest.mark.slow
 def test_references_are_fitted_and_measured_without_outlier_rows(cache: Cache, home: Path) -> None:
     runs = [make_run(home / "runs" / "one", cache), make_run(home / "runs" / "two", cache, norm_limit=None)]
     config = EvaluateConfig(runs, "core", device="cpu")

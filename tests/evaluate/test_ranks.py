@@ -124,16 +124,17 @@ def without_times(err: str) -> list[str]:
     return [line for line in err.splitlines() if not own.match(line)]
 
 
-def test_three_ranks_give_the_files_and_tables_of_one_process(make_home, evaluate_here, evaluate) -> None:
-    one, three = make_home("one"), make_home("three")
-    alone, together = evaluate_here(one), evaluate(three, 3)
-    assert alone[0] == together[0] == 1  # stability fails for b-0, which has no other seed
-    assert len(numbers(one)) == 5 + 8 and numbers(three) == numbers(one)
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_give_the_files_and_tables_of_one_process(make_home, evaluate_here, evaluate, count: int) -> None:
+    one, many = make_home("one"), make_home("many")
+    alone, together = evaluate_here(one), evaluate(many, count)
+    assert alone[0] == together[0] == 1  # stability lacks a second seed of b-0
+    assert len(numbers(one)) == 5 + 8 and numbers(many) == numbers(one)
     assert together[1] == alone[1] and "stability" in alone[1]
     assert without_times(together[2]) == without_times(alone[2])
     ranks = re.findall(r"^rank (\d) +(.*)", together[2], re.M)
-    assert [rank for rank, _ in ranks] == ["0", "1", "2"] and "codes 1 1 1" in together[2]
-    assert not list((three / "activations/evaluation/locks").glob("*.lock"))
+    assert [int(rank) for rank, _ in ranks] == list(range(count)) and f"codes{' 1' * count}\n" in together[2]
+    assert not list((many / "activations/evaluation/locks").glob("*.lock"))
 
 
 @pytest.fixture(scope="module")

@@ -301,6 +301,7 @@ def test_a_plan_measures_nothing_and_loads_no_model(tiny_cache, home, monkeypatc
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_runs_of_two_caches_are_each_measured_on_the_text_of_their_own(tiny_cache, tiny_model, sentences, home):
     other = small_harvest(home, tiny_model, sentences, 0.2)
     runs = make_run(home / "one", tiny_cache), make_run(home / "two", other)
@@ -311,6 +312,7 @@ def test_runs_of_two_caches_are_each_measured_on_the_text_of_their_own(tiny_cach
         assert result_of(run)["eval_config"]["text"] == cache.fingerprint
 
 
+@pytest.mark.slow
 def test_a_run_without_a_cache_takes_the_only_one_of_its_model(tiny_cache, tiny_model, sentences, home):
     """`sae import` creates such runs."""
     run = make_run(home / "run", tiny_cache, cache=None, fingerprint=None)
@@ -607,6 +609,7 @@ def test_a_metric_that_fails_leaves_the_others(tiny_cache, home, monkeypatch):
         evaluate(ask(one, suite="broken"))
 
 
+@pytest.mark.slow
 def test_a_metric_that_runs_out_of_memory_leaves_the_others(tiny_cache, home, monkeypatch):
     """The other metric is measured as usual; the failed one is measured when it is requested again."""
     error, hungry = RuntimeError("DefaultCPUAllocator: can't allocate memory"), True

@@ -161,8 +161,9 @@ def check_numbers(row: Any, site: str, model: nn.Module, cache: Cache, sae: Any)
         assert math.isclose(found[name], expected[name], rel_tol=1e-4, abs_tol=1e-5), (name, found, expected)
 
 
-def test_the_numbers_of_every_site_are_those_of_plain_hooks(trained, model, cache):
-    runs = trained[1]
+@pytest.mark.parametrize("sites", [QUICK, pytest.param(set(MODULES), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_numbers_of_every_site_are_those_of_plain_hooks(trained, model, cache, sites):
+    runs = {site: folder for site, folder in trained[1].items() if site in sites}
     rows = evaluate_saes(list(runs.values()), suite="core", tokens=TOKENS, device="cpu", dtype="float32")
     assert len(rows) == 5 * len(runs)
     for site, row in zip(runs, rows, strict=False):

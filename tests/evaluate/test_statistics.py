@@ -128,6 +128,7 @@ def test_a_bootstrap_resamples_each_sample_by_itself():
     assert bootstrap_interval(values, 0) == bootstrap_interval(values, 0) != bootstrap_interval(values, 1)
 
 
+@pytest.mark.slow
 def test_a_table_without_true_differences_has_a_false_one_in_at_most_one_of_twenty():
     drawn = np.random.default_rng(2).normal(0, 1, (400, 4, 4))
     tables = [[row(PairedDifferences(one, "seed"), "up") for one in table] for table in drawn.tolist()]
@@ -135,6 +136,7 @@ def test_a_table_without_true_differences_has_a_false_one_in_at_most_one_of_twen
     assert 0.02 < np.mean(false) < 0.075  # 0.19 without Holm's correction
 
 
+@pytest.mark.slow
 def test_differences_at_the_margin_are_called_equivalent_in_at_most_one_of_twenty():
     drawn = np.random.default_rng(3).normal(1, 0.5, (1000, 10))
     called = [PairedDifferences(values, "seed").equivalence_p_value(1.0) < LEVEL for values in drawn.tolist()]

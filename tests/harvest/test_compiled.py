@@ -21,6 +21,7 @@ def config(tiny_model: Path, sentences: Path, tmp_path: Path) -> HarvestConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rows_differ_by_the_rounding_of_the_compiler_alone_and_records_say_so(
     config: HarvestConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,7 +36,7 @@ def test_rows_differ_by_the_rounding_of_the_compiler_alone_and_records_say_so(
         assert commit["made_with"].get("compiled") is expected
 
 
-@pytest.mark.parametrize("fault", ["no compiler", "wrong code"])
+@pytest.mark.parametrize("fault", ["no compiler", pytest.param("wrong code", marks=pytest.mark.slow)])
 def test_what_cannot_be_compiled_is_refused(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def backend(module, inputs):
         if fault == "no compiler":

@@ -35,13 +35,13 @@ EXPECTED: dict[str, list[frozenset[str]]] = {
     "nemotron_h": [ATTENTION_ONLY, ATTENTION_ONLY, MLP_ONLY, MLP_ONLY - {"mlp_hidden"}],
     "deepseek_v4": [NONE], "gemma3n_text": [NONE],
 }  # fmt: skip
-# These families are built like others in the table, or nearly so, and their tests are marked slow.
+# Built as others here are, or nearly so, or with blocks of several kinds, which take the longest: slow.
 ALIKE = {
-    "bamba", "biogpt", "bloom", "cohere2", "deepseek_v4", "gemma3_text", "gemma4_text", "glm4", "gpt_neo", "lfm2",
-    "llama4_text", "mpt", "olmo2", "phi3", "qwen3_moe",
+    "bamba", "biogpt", "bloom", "cohere2", "deepseek_v3", "deepseek_v4", "gemma3_text", "gemma4_text", "glm4",
+    "gpt_neo", "lfm2", "llama4_text", "mpt", "olmo2", "phi3", "qwen3_moe",
     "apertus", "arcee", "codegen", "cohere", "ernie4_5", "exaone4", "gemma", "gpt_bigcode", "helium", "mamba",
-    "mistral", "nemotron", "olmo", "olmo3", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_next",
-    "smollm3", "stablelm", "starcoder2",
+    "mistral", "nemotron", "nemotron_h", "olmo", "olmo3", "persimmon", "phi", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_next", "smollm3", "stablelm", "starcoder2",
     "falcon", "gpt_oss", "gptj", "jamba", "llama", "mamba2", "qwen3_5_text",
 }  # fmt: skip
 QUICK = sorted(set(EXPECTED) - ALIKE)

@@ -197,6 +197,7 @@ def test_what_else_is_at_the_address_is_refused(options: Options, bucket: str, t
     assert objects_of(f"{bucket}/pile") == before
 
 
+@pytest.mark.slow
 def test_a_store_that_may_not_be_written_is_refused_before_the_work(
     options: Options, proxy: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

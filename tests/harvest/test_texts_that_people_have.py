@@ -68,6 +68,7 @@ def test_the_rows_are_those_of_the_text_alone(texts: Path, plan_of, whole: Cache
     assert data_of(cache.folder) == data_of(whole.folder)
 
 
+@pytest.mark.slow
 def test_skipped_rows_are_said_and_recorded_however_often_it_is_resumed(
     texts: Path, plan_of, whole: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def test_checkpoints_do_not_change_the_contexts(same, cut_some, whole, tmp_path:
     assert checkpoint_parts(tmp_path / "killed") == 7 and checkpoint_parts(tmp_path / "whole") == 0
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path, pack: bool) -> None:
     expected, gone_on = whole(pack=pack), set()
     for number in range(0, 96, 3):
@@ -98,7 +98,7 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
     assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)
 
 
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("pack", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_kill_at_any_write_of_a_checkpoint(
     same, cut_some, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool, before: bool

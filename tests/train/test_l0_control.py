@@ -41,10 +41,10 @@ def test_every_recipe_follows_l0_in_the_right_direction(name, sparse_cache, batc
 @pytest.mark.parametrize(
     "name",
     [
-        "topk", *slow("batchtopk", "switch", "competition"),  # k
+        *slow("topk", "batchtopk", "switch", "competition"),  # k
         "jumprelu", *slow("collapse-04", "collapse-10"),  # l0
         # with a penalty
-        "relu", "gated", *slow("april", "p-anneal", "jumprelu-step", "jumprelu-tanh", "progressive", "hierarchical"),
+        "relu", *slow("gated", "april", "p-anneal", "jumprelu-step", "jumprelu-tanh", "progressive", "hierarchical"),
     ],
 )  # fmt: skip
 def test_a_run_ends_at_the_l0_that_was_asked_for(name, sparse_cache, batches) -> None:

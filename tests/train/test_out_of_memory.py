@@ -55,7 +55,12 @@ def fail_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [CUDA, HOST, MemoryError("Unable to allocate 3.0 GiB")], ids=["cuda", "host", "numpy"]
+    "error",
+    [
+        pytest.param(CUDA, id="cuda"),
+        pytest.param(HOST, id="host", marks=pytest.mark.slow),
+        pytest.param(MemoryError("Unable to allocate 3.0 GiB"), id="numpy", marks=pytest.mark.slow),
+    ],
 )
 def test_every_run_is_saved_before_the_step_and_goes_on(sparse_cache, tmp_path: Path, fail_once, error) -> None:
     """The second of three runs fails in step 7. The first run has taken that step, and the others have not."""
@@ -104,8 +109,11 @@ def test_runs_that_resume_from_different_steps_share_a_pass_from_where_they_meet
 
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
-    [(torch.optim.AdamW, "step", 7), (Trainer, "_add_metrics", 7), (Trainer, "run_periodic", 7)],
-)
+    [
+        (torch.optim.AdamW, "step", 7), pytest.param(Trainer, "_add_metrics", 7, marks=pytest.mark.slow),
+        pytest.param(Trainer, "run_periodic", 7, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("after", [False, True])
 def test_a_step_that_was_changing_the_state_is_taken_again_from_the_last_checkpoint(
     sparse_cache, tmp_path: Path, fail_once, owner, name, at, after

@@ -11,7 +11,9 @@ from sae.train.variant import RunConfig
 STEPS = 600
 
 
-@pytest.mark.parametrize("name, options", [("topk", {"k": 3}), ("relu", {"l1": 0.2})])
+@pytest.mark.parametrize(
+    "name, options", [("topk", {"k": 3}), pytest.param("relu", {"l1": 0.2}, marks=pytest.mark.slow)]
+)
 def test_the_atoms_are_found(name: str, options: dict) -> None:
     """Each row combines about three of 32 atoms in 32 dimensions.
 

@@ -152,6 +152,7 @@ def test_a_run_of_several_caches_needs_all_of_them(tiny_cache: Cache, home: Path
     assert training_caches(home) == [tiny_cache.folder, home / "copied"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_goes_on_where_it_was(runs: list[Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first control is done, the second has a checkpoint, the third has nothing."""
     controls = train_controls(runs)

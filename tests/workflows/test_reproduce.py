@@ -218,6 +218,7 @@ def test_a_dry_run_of_a_reproduction_writes_nothing(tiny_model, sentences, home)
     assert not (home / "reproduce").exists() and not (home / "activations").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_existing_runs(tiny_model, sentences, home):
     words = ("reproduce", "003", "--model", tiny_model, "--dataset", sentences, "--layer", 1, "--steps", 5,
              "--batch-size", 64, "--suite", "core", "--evaluate-tokens", 100, "--seed", 0)  # fmt: skip

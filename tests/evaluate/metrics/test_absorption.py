@@ -80,6 +80,7 @@ def test_planted_absorption_is_found_at_its_rate():
     assert "Only 3 of 26 letters have a word that the k-sparse probe misses" in old.flags[0]
 
 
+@pytest.mark.slow
 def test_a_latent_that_takes_part_of_the_letter_absorbs_that_part():
     words, sae = planted({"c": 2}, share=0.45)
     result = PLANTED.result("0.6.0", sae, words, CPU)
@@ -89,6 +90,7 @@ def test_a_latent_that_takes_part_of_the_letter_absorbs_that_part():
     assert PLANTED.result("0.6.0", sae, words, CPU).metrics["mean"]["mean_absorption_fraction_score"] == 0
 
 
+@pytest.mark.slow
 def test_a_clean_dictionary_absorbs_nothing():
     words, sae = planted({})
     result = PLANTED.result("0.6.0", sae, words, CPU)
@@ -117,6 +119,7 @@ def test_a_planted_split_is_two_latents():
     assert result.metrics["mean"]["mean_absorption_fraction_score"] == 0
 
 
+@pytest.mark.slow
 def test_norms_of_decoder_rows_do_not_count():
     words, sae = planted({"c": 2, "f": 1})
     plain = PLANTED.result("0.6.0", sae, words, CPU)
@@ -325,6 +328,7 @@ def test_the_f1_of_a_split_is_that_of_its_size():
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_order_of_saes_and_their_company_change_nothing(ctx):
     metric = Absorption(words=260, min_GT_probe_f1=0.0, min_feats_for_eval=0)
     torch.manual_seed(0)

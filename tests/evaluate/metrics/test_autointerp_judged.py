@@ -231,6 +231,7 @@ def test_a_judge_that_always_says_yes_has_one_half_and_a_right_one_has_one(spars
     assert metrics["autointerp"]["autointerp_score"] == found["autointerp"]["autointerp_score"]
 
 
+@pytest.mark.slow
 def test_a_further_score_reuses_the_explanations_and_leaves_the_first_as_it_is(sparse_run, server):
     server.replies = [always_yes(server)]
     (alone,) = evaluate(config_of(sparse_run, server, "j", "saebench"))

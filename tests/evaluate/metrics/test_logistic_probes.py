@@ -60,7 +60,7 @@ def of_split(probes: list[dict[str, Any]], split: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("setting", ["normal", "scarcity", "imbalance"])
+@pytest.mark.parametrize("setting", ["normal", "scarcity", pytest.param("imbalance", marks=pytest.mark.slow)])
 def test_probes_on_latents_are_those_of_sae_probes(peer, setting):
     probes, compared = peer.scores["sae"][setting], 0
     latents = encode_rows(peer, peer.x, "cpu")

@@ -189,7 +189,7 @@ def test_the_limit_separates_the_sink_from_all_other_tokens(ctx: EvalContext) ->
 @pytest.mark.parametrize(
     ("reader", "kind"),
     [
-        pytest.param(reader, kind, marks=pytest.mark.slow if kind == "batchtopk" and reader != "core" else ())
+        pytest.param(reader, kind, marks=pytest.mark.slow if kind == "batchtopk" else ())
         for reader in READERS
         for kind in ("relu", "batchtopk")
     ],
@@ -221,7 +221,10 @@ METRICS = (
 )
 
 
-@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+@pytest.mark.parametrize(
+    "metric",
+    [pytest.param(one, id=one.name, marks=pytest.mark.slow if one.name == "absorption" else ()) for one in METRICS],
+)
 def test_saebench_s_numbers_are_those_of_all_rows_and_the_others_stand_beside_them(
     ctx: EvalContext, metric: Metric, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def test_a_probe_of_one_latent_names_it_and_separates_the_letter(found_again, ct
         assert result.metrics["sae"]["sae_top_1_test_auc"] == 1  # it fires on all c, even if 0.45 is absorbed
 
 
+@pytest.mark.slow
 def test_stability_finds_it_in_the_other_seed_and_not_what_is_planted_in_one(found_again):
     targets = [EvalTarget(seed, Hook(0), system="x", name=str(n)) for n, seed in enumerate(found_again.seeds)]
     rows = HeldOutRows()

@@ -196,6 +196,7 @@ def test_a_mask_over_everything_or_nothing_has_one_score_of_1_and_one_of_0(
         assert any("No latent was chosen for thing.Color, thing.Shape" in flag for flag in found.flags) == (theta < 1)
 
 
+@pytest.mark.slow
 def test_an_sae_alone_is_measured_as_in_company_at_any_hook_and_by_any_batch_of_answers(ctx, metric, monkeypatch):
     targets = [EvalTarget(one_by_one(), Hook(0)), EvalTarget(whole_things(), Hook(0)), EvalTarget(Zero(), Hook(0))]
     targets.append(EvalTarget(one_by_one(), Hook(1, "resid_pre")))  # the same activations

@@ -182,6 +182,7 @@ def test_shuffled_rows_have_the_number_of_the_null(tiny_cache, home):
     assert any("decoder PW-MCC of" in flag and "not above" in flag for flag in result.flags)
 
 
+@pytest.mark.slow
 def test_two_frozen_decoders_have_the_number_of_the_null_of_their_covariance(tiny_cache, home):
     """The decoders are drawn with the covariance of the activations and never trained, so they agree as much as the
     Gaussian null does, which is more than the shuffled one."""
@@ -454,7 +455,7 @@ def train_on(planted: bool, seed: int) -> SAE:
     return one.requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize("planted", [True, False])
+@pytest.mark.parametrize("planted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_seeds_agree_on_planted_features_and_not_on_noise(planted):
     targets = [EvalTarget(train_on(planted, seed), Hook(0), system="x", name=str(seed)) for seed in range(2)]
     rows = HeldOutRows()

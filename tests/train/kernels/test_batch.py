@@ -93,6 +93,7 @@ def test_numbers_that_are_not_finite(interpreter: Any) -> None:
     assert g_BD.isfinite().sum() == 9 * 5 - 6 and g_D.isfinite().sum() == 0
 
 
+@pytest.mark.slow
 def test_the_operators_are_known_to_torch() -> None:
     x_BD, mean_D, b_D = batch_of(6, 4, torch.bfloat16)
     for scale, bias_D, dtype in ((torch.tensor(2.0), b_D, torch.bfloat16), (b_D, None, torch.float32)):

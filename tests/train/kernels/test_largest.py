@@ -86,6 +86,7 @@ def test_rows_that_are_not_contiguous_and_no_rows(interpreter: Any) -> None:
     assert interpreter("interpreted.largest", z_RN=torch.empty(0, 9), k=3)[0].shape == (0, 3)
 
 
+@pytest.mark.slow
 def test_the_operator_is_known_to_torch() -> None:
     """`opcheck` tests its schema, its result for fake tensors, and its use in a compiled function."""
     for z_RN, k in ((torch.randn(4, 20), 3), (torch.randn(1, 20).bfloat16(), 20), (torch.empty(0, 5), 1)):
