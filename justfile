@@ -9,7 +9,7 @@ install:
     python3 -m venv .venv
     .venv/bin/pip install -q -c constraints.txt -e '.[test]'
 
-# The quick tests, with two workers: about twenty minutes of processor time.
+# The quick tests, with two workers: about twelve minutes of processor time.
 test: install
     .venv/bin/pytest
 

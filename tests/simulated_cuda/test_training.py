@@ -62,7 +62,7 @@ def test_nor_does_a_step_in_parts(gpu: SimulatedGPU, recipe: str) -> None:
     assert walked["apart"] == {}
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [("topk", ("k=4", "multi=0.125")), ("batchtopk", ("k=2.5",)), ("jumprelu", ()), ("gated", ()), ("matryoshka", ())],
@@ -73,14 +73,21 @@ def test_nor_does_one_with_kernels(gpu: SimulatedGPU, recipe: str, options: tupl
     assert walked["apart"] == {}
 
 
+COUPLED = ("weight_decay=0.1", "weight_decay_form=coupled", "clip=none")
+ON_ALL = ("weight_decay=0.1", "weight_decay_on=all")
 REWRITTEN = (("hierarchical-resample", ()), ("hierarchical", ("merge_above=0.3",)))  # latents restart, are merged
 
 
 @pytest.mark.parametrize(
     ("recipe", "options", "used"),
-    [("relu", (), True), ("jumprelu", (), True), *[(*case, True) for case in REWRITTEN],
-     ("collapse-10", (), False), ("progressive", (), False)],
-)  # fmt: skip
+    [
+        ("jumprelu", (), True),
+        *[(*case, True) for case in REWRITTEN],
+        ("progressive", (), False),
+        pytest.param("relu", (), True, marks=pytest.mark.slow),
+        pytest.param("collapse-10", (), False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_whose_weights_kernels_update_ends_as_without(
     gpu: SimulatedGPU, recipe: str, options: tuple[str, ...], used: bool
 ) -> None:
@@ -93,10 +100,14 @@ def test_a_run_whose_weights_kernels_update_ends_as_without(
 
 @pytest.mark.parametrize(
     "more",
-    [{"precision": "float32"}, {"precision": "bfloat16", "parts": 4}, {"precision": "bfloat16", "l0": 8},
-     {"precision": "bfloat16", "options": ("weight_decay=0.1", "weight_decay_form=coupled", "clip=none")},
-     {"precision": "bfloat16", "options": ("weight_decay=0.1", "weight_decay_on=all")}],
-)  # fmt: skip
+    [
+        {"precision": "float32"},
+        {"precision": "bfloat16", "parts": 4},
+        pytest.param({"precision": "bfloat16", "l0": 8}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bfloat16", "options": COUPLED}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bfloat16", "options": ON_ALL}, marks=pytest.mark.slow),
+    ],
+)
 def test_so_does_one(gpu: SimulatedGPU, more: dict[str, Any]) -> None:
     walked = gpu("training.with_and_without_kernels", recipe="jumprelu", **more)
     assert walked["apart"] == {} and walked["waits"] == [] and walked["used"]

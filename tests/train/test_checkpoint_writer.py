@@ -129,7 +129,7 @@ def test_the_sae_is_written_after_the_last_checkpoint(sparse_cache, tmp_path: Pa
     assert found == [False] * 3 and steps_saved(folder) == [8, 12]
 
 
-@pytest.mark.parametrize("at", [4, 12])
+@pytest.mark.parametrize("at", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_training_and_the_resumed_runs_are_whole(
     sparse_cache, tmp_path: Path, monkeypatch, at: int
 ) -> None:

@@ -98,7 +98,7 @@ def test_the_page_holds_what_was_measured(run):
     assert words[entry["raised"][0][0]] == found.token_text.display(int(numbers.raised.index[latent, 0]))
 
 
-@pytest.mark.parametrize("tokens", [1, 12, 500])
+@pytest.mark.parametrize("tokens", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (12, 500))])
 def test_a_passage_has_as_many_tokens_as_were_asked_for(run, tokens):
     found = open_run(run, 300, "cpu")
     html = dashboard_page(found, sample_latents(70, None), "today", quiet, PassageWindow.of(tokens))

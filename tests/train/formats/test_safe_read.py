@@ -275,7 +275,7 @@ def test_any_pickle_gives_tensors_or_an_error(tmp_path, program):
     read_everything("dictionary-learning", tmp_path / "file")
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [pytest.param(to, marks=() if to in READERS else pytest.mark.slow) for to in FORMATS])
 @FUZZ
 @given(changes=st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON, min_size=1, max_size=4))
 def test_any_config_gives_an_sae_or_an_error(foreign_folder, tmp_path, to, changes):
