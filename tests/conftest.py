@@ -1,6 +1,7 @@
 """Shared fixtures: a random two-block Gemma 2 with the embedded tokenizer, a text, a cache of both, and SAE_HOME."""
 
 import contextlib
+import copy
 import functools
 import gc
 import itertools
@@ -114,6 +115,41 @@ def no_foreign_recipes() -> Iterator[None]:
         for name, recipe in list(registry.RECIPES.items()):
             if not recipe.declared_by.__module__.startswith("sae.train.variants."):
                 del registry.RECIPES[name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_are_read_once() -> Iterator[None]:
+    """Every harvest and evaluation reads the tokenizer of its model, and most tests have the same one.
+
+    What is handed out is a copy that shares only the part in Rust, which no test may change: copy it with `deepcopy`.
+    """
+    loading = sys.modules.get("sae.harvest.loading")
+    if loading is None:
+        yield
+        return
+    read, known = loading.from_pretrained, {}
+
+    def from_pretrained(kind: Any, location: Any, **options: Any) -> Any:
+        if kind is not loading.AutoTokenizer or options or not Path(location).is_dir():
+            return read(kind, location, **options)
+        files = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in Path(location).iterdir())
+        key = (str(location), *sorted(files))
+        if key not in known:
+            found = read(kind, location)
+            backend = getattr(found, "backend_tokenizer", None)
+            if backend is None or backend.truncation or backend.padding:
+                return found
+            while len(known) >= 4:  # those of a session, and the last that a test has made
+                del known[list(known)[-1]]
+            known[key] = found
+        shared = known[key].backend_tokenizer
+        shared.no_truncation()
+        shared.no_padding()
+        return copy.deepcopy(known[key], {id(shared): shared})
+
+    loading.from_pretrained = from_pretrained
+    yield
+    loading.from_pretrained = read
 
 
 @pytest.fixture(scope="session")
