@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .worker_process import WorkerProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
-os.fsync = lambda descriptor: None  # tests/common/test_files.py shows that it is called; a killed process loses nothing
+# Tests do not wait for the disk: a killed process loses nothing without fsync. tests/common/test_files.py checks that it
+# is called.
+os.fsync = lambda descriptor: None
 NUMBERS = itertools.count()
 TOGETHER = {
     "simulated GPU": re.compile(r"tests/(simulated_cuda/|train/test_precision)"),
@@ -34,9 +36,11 @@ TOGETHER = {
     "standard library": re.compile(r"tests/(harvest/test_datasets|evaluate/(datasets/test_labeled|test_kept_))"),
     "launcher": re.compile(r"tests/(\w+/test_ranks|common/test_process_group|test_launch_scripts)"),
 }
-"""Files whose tests share what takes seconds: the start of a process, or reading the text of the standard library."""
-testing._get_command = functools.cache(testing._get_command)  # it builds all commands for each call of one: 14 ms
-settings.register_profile("suite", deadline=None, derandomize=True, database=None)  # no chance and no clock decides
+"""Groups of test files that share something that takes seconds: a started process or the standard library's text."""
+# Building the commands takes 14 ms, and typer's test runner does it for every call.
+testing._get_command = functools.cache(testing._get_command)
+# The examples are the same in every run, and no test fails because it is slow.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # workers have the variable; see pytest_configure
 
@@ -52,9 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """As xdist's `--dist loadfile`, but the files of TOGETHER go to one worker, so that their process is started once.
-
-    With another `--dist`, xdist's own.
+    """Schedule as `--dist loadfile` does, but send all files of a group in TOGETHER to one worker, so that what they
+    share is made once. Other values of `--dist` keep xdist's scheduler.
     """
     if config.getvalue("dist") != "loadfile":
         return None
@@ -119,9 +122,10 @@ def no_foreign_recipes() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def tokenizers_are_read_once() -> Iterator[None]:
-    """Every harvest and evaluation reads the tokenizer of its model, and most tests have the same one.
+    """Read each tokenizer once: every harvest and evaluation needs one, and it is nearly always the same.
 
-    What is handed out is a copy that shares only the part in Rust, which no test may change: copy it with `deepcopy`.
+    A caller gets a copy that shares only the Rust tokenizer. A test that changes the Rust tokenizer has to copy it first
+    (`copy.deepcopy`).
     """
     loading = sys.modules.get("sae.harvest.loading")
     if loading is None:
@@ -139,7 +143,7 @@ def tokenizers_are_read_once() -> Iterator[None]:
             backend = getattr(found, "backend_tokenizer", None)
             if backend is None or backend.truncation or backend.padding:
                 return found
-            while len(known) >= 4:  # those of a session, and the last that a test has made
+            while len(known) >= 4:  # keep those of session fixtures and the latest one
                 del known[list(known)[-1]]
             known[key] = found
         shared = known[key].backend_tokenizer

@@ -11,7 +11,7 @@ SOME = (
 )  # fmt: skip
 """At least one recipe of each file that defines recipes."""
 FEW = ("batchtopk", "collapse-10", "competition", "hierarchical", "jumprelu", "switch")
-"""Those whose steps differ most, where one recipe takes a second."""
+"""The recipes whose steps differ most, for tests that take a second for each recipe."""
 SOME_QUICK = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in sorted(RECIPES)]
 FEW_QUICK = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in sorted(RECIPES)]
-"""All recipes, as parameters of a test that is slow for those that are not in `SOME`, or not in `FEW`."""
+"""All recipes as test parameters; those that are not in `SOME`, or not in `FEW`, are marked slow."""

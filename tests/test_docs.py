@@ -100,7 +100,7 @@ def call(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def made(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with a cache and a run of layer 12 of gemma-2-mini, as small as they can be. Copy it."""
+    """A folder with a minimal cache and run of layer 12 of gemma-2-mini, at the paths that the pages use. Copy it."""
     home = tmp_path_factory.mktemp("made")
     cache = home / "activations" / "shown"
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +115,7 @@ def made(sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prepared(made: Path, home: Path) -> Path:
-    """The same where the pages' names lead."""
+    """A copy of `made` as this test's SAE_HOME."""
     return shutil.copytree(made, home, dirs_exist_ok=True)
 
 
