@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .worker_process import WorkerProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
-# Tests do not wait for the disk: a killed process loses nothing without fsync. tests/common/test_files.py checks that it
-# is called.
+# Tests do not wait for the disk: a killed process loses nothing without fsync. tests/common/test_files.py checks that
+# it is called.
 os.fsync = lambda descriptor: None
 NUMBERS = itertools.count()
 TOGETHER = {
@@ -124,8 +124,8 @@ def no_foreign_recipes() -> Iterator[None]:
 def tokenizers_are_read_once() -> Iterator[None]:
     """Read each tokenizer once: every harvest and evaluation needs one, and it is nearly always the same.
 
-    A caller gets a copy that shares only the Rust tokenizer. A test that changes the Rust tokenizer has to copy it first
-    (`copy.deepcopy`).
+    A caller gets a copy that shares only the Rust tokenizer. A test that changes that one has to copy it first, with
+    `copy.deepcopy`.
     """
     loading = sys.modules.get("sae.harvest.loading")
     if loading is None:
