@@ -218,7 +218,7 @@ def print_host_parts(folder: Path, rounds: int, windows: int) -> None:
             print(f"  {title}, {cores} cores: {speeds[-1]:.2f} GB/s ({min(runs):.2f} to {max(runs):.2f})")
         if 1 < len(speeds) < 8:
             eight = speeds[-1] + (8 - len(speeds)) * (speeds[-1] - speeds[-2])
-            print(f"  {title}, 8 cores: {eight:.1f} GB/s, an extrapolation that no disk limits")
+            print(f"  {title}, 8 cores: {eight:.1f} GB/s (extrapolated, as if no disk were the limit)")
 
 
 def peak_of_harvest(folder: str, windows: int, window: int) -> float:

@@ -86,7 +86,7 @@ def run(words: list[str], out: Path, files: Files, *, processes: int, threads: i
 
 
 def environment(threads: int, home: Path) -> dict[str, str]:
-    root = str(Path(__file__).resolve().parents[2])  # the folder that contains the package as the folder sae
+    root = str(Path(__file__).resolve().parents[2])  # the parent of the package's folder sae
     changes = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.environ.get("PYTHONPATH", root), "SAE_HOME": str(home)}
     return os.environ | changes
 

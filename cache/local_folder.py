@@ -291,7 +291,7 @@ class LocalFolder:
         self._arrived.notify_all()
 
     def _keep(self, kept: Mapping[str, StoredFile], whole: Collection[str]) -> None:
-        """State what this process keeps and pulls, and let steps begin if all their files are present."""
+        """Record which files this process keeps and pulls, and release the steps whose files are all present."""
         self._forget(self._kept.keys() - kept.keys())
         self._ready &= kept.keys()
         self._state(kept)

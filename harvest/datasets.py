@@ -17,7 +17,7 @@ from .mini import corpus, spelling
 
 PILE = "monology/pile-uncopyrighted"
 EMBEDDED_TEXT = "python-stdlib"
-SPELLING_LINES = 40  # lines that spell words, after each embedded document: about one token in ten
+SPELLING_LINES = 40  # spelling lines after each embedded document; about a tenth of all tokens
 MAX_LISTED_SUBSETS = 20  # in an error message
 MIN_SECTION = 2000  # least number of characters in a document cut from a plain text file
 SEARCHED = {".txt", ".jsonl", ".json"}  # files that contain their text uncompressed

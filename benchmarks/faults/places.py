@@ -165,7 +165,7 @@ def neighbours(m: Matrix) -> None:
             f"{name}: `sae train` looks for a cache",
             trained._replace(err="".join(f"{note}\n" for note in notes)),
             OK,
-            f"one note; cache list {listed.code}, evaluate of the run, whose cache has moved, {evaluated.code}",
+            f"one note; exit codes: cache list {listed.code}, evaluate (the run's cache has moved) {evaluated.code}",
             len(notes) == 1,
             "activations/bad" in notes[0],
             listed.code == evaluated.code == OK,

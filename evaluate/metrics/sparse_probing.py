@@ -52,7 +52,7 @@ from .probes import (
 
 K_OF_MODE = {"0.6.0": (1, 2, 5), "2024-12": (1, 2, 5, 10, 20, 50)}
 RESULT_KS = (1, 2, 5, 10, 20, 50, 100)  # the values of k that have a field in SAEBench's files
-MAX_NAMED_LATENTS = 5  # results name the latents of probes on at most this many latents
+MAX_NAMED_LATENTS = 5  # for probes on at most this many latents, results list the latents
 BATCH, EPOCHS, PATIENCE, RATE = 250, 100, 10, 1e-2  # for the probe on all features
 
 

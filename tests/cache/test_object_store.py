@@ -290,7 +290,7 @@ def test_an_object_is_replaced_only_if_it_is_as_it_was_read(store: ObjectStore) 
 
 
 def test_an_object_that_was_deleted_since_is_not_taken_for_ones_own(bucket: str) -> None:
-    """Another worker deletes the object between the refused write and the look at the object."""
+    """Another worker deletes the object after the write was refused and before the store reads the object."""
     store = open_store(bucket)
     store.put("commit", b"theirs")
     real = store.store

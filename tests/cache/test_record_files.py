@@ -202,7 +202,7 @@ def test_a_missing_commit_is_found_by_verify(cache: Cache) -> None:
 def test_a_cache_that_another_zarr_program_has_written_into_is_as_before(
     tmp_path: Path, finite_bits, make_writer, write_windows, compress: bool
 ) -> None:
-    """zarr-python rewrites all metadata, and adds attributes of the group and of arrays and a consolidated copy."""
+    """zarr-python rewrites all metadata. It adds attributes to the group and the arrays, and consolidated metadata."""
     bits = {5: finite_bits(1100, 8)}
     writer = make_writer(tmp_path / "c", bits, 1024, compress=compress)
     write_windows(writer, bits, [0, 1])

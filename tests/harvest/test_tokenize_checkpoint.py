@@ -94,7 +94,7 @@ def test_a_kill_between_any_two_documents(same, cut_some, whole, tmp_path: Path,
         gone_on.add(left.state["documents"] if left.state else 0)
         assert same(cut_some(checkpoint=left, pack=pack), expected)
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-    # Runs continued from each of seven checkpoints, and from none.
+    # Some runs resumed from each of the seven checkpoints, and some started without one.
     assert len(gone_on) == 8 and all(documents % 5 == 0 for documents in gone_on)
 
 

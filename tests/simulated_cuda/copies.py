@@ -103,7 +103,7 @@ def wrong_windows(orders: int, without: str = "") -> list[int]:
 
 
 def send_rows(chance: random.Random, without: str) -> bool:
-    """Send the rows of forward passes that compute late; their memory is reused as soon as torch would allow it."""
+    """Send the rows of forward passes whose results are late, and reuse their memory as soon as torch would."""
     compute, passes, rows = streams.Stream(), 12, 5
     window = np.zeros((passes * rows, WIDTH), np.uint16)
     slot = np.random.default_rng(chance.randrange(1 << 30)).permutation(len(window))

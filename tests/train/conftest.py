@@ -1,4 +1,4 @@
-"""A cache of sparse combinations of known directions, and trainers on it without a run folder."""
+"""A cache of sparse combinations of known directions, and trainers that read it and write no run folder."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice

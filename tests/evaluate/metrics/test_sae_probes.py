@@ -164,7 +164,7 @@ def test_a_killed_evaluation_loses_one_data_set_at_most(ctx, monkeypatch):
     monkeypatch.setattr(module, "rank_latents", killed)
     with pytest.raises(KeyboardInterrupt):
         measured(fresh, make_sae())
-    assert len(fits) == 1 + 2 + 1  # the model and two ks on the first data set, the model on the second
+    assert len(fits) == 1 + 2 + 1  # first data set: one probe on the model and one for each k; second: the model's
     monkeypatch.setattr(module, "rank_latents", real)
     assert measured(fresh, make_sae()) == expected and len(fits) == 4 + 2
 
