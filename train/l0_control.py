@@ -49,7 +49,7 @@ class L0Controller(Mechanism):
         return lambda step: self.start_coefficient(name, step) * self.factor(step)
 
     def start_coefficient(self, name: str, step: Step) -> Tensor:
-        """The recipe's coefficient until step w, then c_w, which is at least 1e-6: a c_w of zero could not be scaled up."""
+        """The recipe's coefficient until step w, then c_w, which is at least 1e-6: zero could not be scaled up."""
         recipe_coefficient, at_start = self.recipe_coefficients[name](step), getattr(self, f"start_{name}")
         return torch.where(step.i <= self.start_step, recipe_coefficient, at_start.clamp_min(1e-6))
 
