@@ -354,6 +354,7 @@ def test_tables_name_idle_mechanisms_unlike_l0_and_failed_runs(scripts, tmp_path
     )  # fmt: skip
     rows = table(scripts, design, tmp_path)
     assert rows[2].endswith("not comparable: L0 |") and rows[3].endswith("mechanism inactive |")
+    assert "corrected for 1 " in rows[0]  # a pair that is not comparable stays in the family, an inactive one does not
     path = tmp_path / "gemma-2-mini/middle/topk/L12-s1.json"
     write(scripts, design, tmp_path, of_part(scripts, design, "middle"))
     record = json.loads(path.read_text())

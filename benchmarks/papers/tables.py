@@ -33,6 +33,7 @@ from sae.evaluate.statistics import (  # noqa: E402
 
 HIGHER = ("kl", "ce", "ev", "alive", "probe_k1", "probe_k16")  # better if higher; L0 has no better direction
 NO_DIRECTION = ("l0",)
+INACTIVE = "mechanism inactive"
 COLUMNS = (
     "l0", "kl", "ev", "alive", "corr_mean", "corr_top", "absorption", "absorption_full", "probe_k1", "probe_k16",
 )  # fmt: skip
@@ -177,7 +178,7 @@ def families(
     idle = {one.job.system for one in known if one.state == "not needed" and one.job.model == model}
 
     def line(pair: Mapping[str, Any], measure: str, claim: str) -> Line:
-        inactive = "mechanism inactive" if pair.get("only_if_different") and pair["a"] in idle else ""
+        inactive = INACTIVE if pair.get("only_if_different") and pair["a"] in idle else ""
         return make_line(design, valid, model, pair, measure, claim, inactive)
 
     lines: dict[str, list[Line]] = {"K": [], "C": [], "O": []}
@@ -243,8 +244,8 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def family_table(lines: Sequence[Line]) -> list[str]:
     """The comparisons of a family. The correction is for the whole family, even if some comparisons are not measured
-    yet."""
-    tests = sum(not line.why_not for line in lines)
+    yet or are not comparable. Only pairs whose mechanism is inactive leave the family."""
+    tests = sum(line.why_not != INACTIVE for line in lines)
     findings = judge([line.comparison for line in lines], planned=tests)
     rows = []
     for line, found in zip(lines, findings, strict=True):
