@@ -21,7 +21,7 @@ BEAT = 5.0  # seconds between two beats
 PATIENCE = 120.0  # seconds without a beat after which a process counts as dead
 START = 600.0  # seconds that a process may take to start
 FAREWELL = 1.0  # seconds that rank 0 stays alive so that the others, which check five times a second, see a death too
-GAP = 5.0  # the most seconds that are counted between two checks, since a suspended process sees no beats
+GAP = 5.0  # upper limit of the seconds counted between two checks; a suspended process receives no heartbeats
 AGAIN = "Everything committed is safe; run the same command again, with any number of processes."
 
 

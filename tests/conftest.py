@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .worker_process import WorkerProcess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
-# Tests do not wait for the disk: a killed process loses nothing without fsync. tests/common/test_files.py checks that
-# it is called.
+# Tests skip fsync: what a killed process has written survives without it. tests/common/test_files.py checks that the
+# package calls it.
 os.fsync = lambda descriptor: None
 NUMBERS = itertools.count()
 TOGETHER = {

@@ -83,7 +83,7 @@ def only_a_draft(folder: Path) -> None:
 def test_a_deletion_that_is_killed_is_finished_by_the_next(
     change: Callable[[Path], object], two_layer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The deletion is killed at each of several files and folders.
+    """The process that deletes is killed before each of several files and folders.
 
     After the first deletion the folder is no longer a cache; before the last one it is empty.
     """

@@ -118,8 +118,8 @@ def of_update(
 ) -> tuple[int, int]:
     """Update weights of these shapes by one step. `elements` are for their gradients.
 
-    `unit` says which weights have unit rows; the first `copies` have a copy in bfloat16. `averaged` says whether the
-    first moment is read and written.
+    `unit` says which weights have rows of unit norm; the first `copies` weights also have a bfloat16 copy. `averaged`
+    says whether the first moment is read and written.
     """
     moved = sums = 0
     for n, (shape, element, is_unit) in enumerate(zip(shapes, elements, unit, strict=True)):
