@@ -40,7 +40,7 @@ def test_the_page_has_the_medians_and_their_exponents(script) -> None:
     page = script["page"]([512, 1024], times, 256, 2048, "cpu", 3)
     assert "| 512 | 500.0 | 333.3 | 1.50 | 1.0 (1.0 to 3.0) | 0.5 (0.5 to 0.5) |" in page
     assert "| 1024 | 250.0 | 125.0 | 2.00 | 4.0 (4.0 to 4.0) | 1.0 (1.0 to 1.0) |" in page
-    for name, p in (("plain", 1), ("added", 2), ("search", 1)):
+    for name, p in (("step without the penalty", 1), ("time added by the penalty", 2), ("search for pairs", 1)):
         assert f"| {name} | {p:.2f} | {p:.2f} |" in page
 
 
