@@ -21,7 +21,7 @@ class CompetitionLoss(LossTerm):
     `pair_vec`  v_i: "decoder" (row i of W_dec) or "activation" (f_i over the batch, divided by sqrt(B))
                 Paper: writes f_i for both, and calls <f_i, f_j> "feature similarity"; the division by sqrt(B) makes
                 the product a mean over tokens, which does not grow with the batch
-    `direction` who gets the gradient: "symmetric" (both latents), "child_only" (the rarer) or "parent_only" (the other)
+    `direction` latents with a gradient: "symmetric" (both), "child_only" (the rarer) or "parent_only" (the other)
     `reduction` "active_pairs" (the mean over pairs that pass), "sum" (over ordered pairs, as in (5)) or "n" (sum / n)
     `target`    "cofire", as in the paper; or "absorption": pairs with a decoder cosine over 0.2 that fire together less
                 than tau, weighted by how far they are below it. Paper: an absorbed parent is silent when its child

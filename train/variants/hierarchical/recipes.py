@@ -69,7 +69,7 @@ class HierarchicalOptions(RecipeOptions):
     """Latents that count as dead in recipes without a window. tokens: latents that have not fired for ten million
     tokens, or a tenth of the run if that is less. batch: latents whose p_i (4) is below `below` in the last batch."""
     restart_share: float = 0.9
-    """Share of the run after which latents are neither restarted nor merged. The paper mentions no end, as with 1."""
+    """Share of the run after which latents are neither restarted nor merged. The paper sets no such limit."""
     window: int = 100
     """Number of steps w in the window (4), and between two restarts."""
     terms: Literal["w", "w+1"] = "w"
